@@ -1,0 +1,522 @@
+"""What more than one stage needs and is no network: the config line, the machine, files written whole, run folders,
+progress, loading CLIP, reading pictures, drawing grids."""
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import time
+import types
+import typing
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from model import GPT, GPTConfig, VQGAN, VQGANConfig
+
+# ------------------------------------------------------------------------------------------------- the config line
+
+Count = typing.Annotated[int, 1, math.inf]        # the ranges an option's value must lie in, both ends included
+Whole = typing.Annotated[int, 0, math.inf]
+Amount = typing.Annotated[float, 0, math.inf]
+Share = typing.Annotated[float, 0, 1]
+AutoCount, AutoWhole = typing.Optional[Count], typing.Optional[Whole]      # None is written auto
+AutoAmount, AutoShare = typing.Optional[Amount], typing.Optional[Share]
+Device = str
+Dtype = typing.Literal["auto", "float32", "bfloat16", "float16"]
+Compile = typing.Literal["auto", "True", "False"]
+HOW = ("out", "device", "compile", "workers")     # options that say where and how, and may differ when a run goes on
+
+
+def fail(message):
+    """A mistake of the user's: one line to stderr, exit code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse(text, hint):
+    """The text of an option -> a value of the field's type. Raises ValueError saying what was expected."""
+    low, high, options = -math.inf, math.inf, ()
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, low, high = typing.get_args(hint)
+    elif typing.get_origin(hint) is typing.Literal:
+        hint, options = str, typing.get_args(hint)
+    elif typing.get_origin(hint) is typing.Union:
+        return None if text == "auto" else parse(text, typing.get_args(hint)[0])
+    if hint is tuple:
+        return tuple(parse(part, Count) for part in text.split(",") if part)
+    if hint is bool:
+        hint, options, text = str, ("True", "False"), text.capitalize()
+    try:
+        value = hint(text)
+    except ValueError:
+        raise ValueError({int: "a whole number", float: "a number"}[hint]) from None
+    if options and value not in options:
+        raise ValueError("one of " + ", ".join(options))
+    if hint in (int, float) and not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{'a whole number' if hint is int else 'a number'} from {low} to {high}")
+    return value == "True" if options == ("True", "False") else value
+
+
+def configure(Config, argv=None):
+    """The command line -> an instance of the dataclass `Config`, whose fields are the options: --name=value.
+
+    Words without dashes go to the field `prompts`, where there is one. --help prints every field with its default and
+    the comment beside it. Unknown names and bad values end in one line and exit code 2.
+    """
+    argv, values, words = sys.argv[1:] if argv is None else argv, {}, []
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    hints = typing.get_type_hints(Config, include_extras=True)
+    if "--help" in argv or "-h" in argv:
+        comments = dict(re.findall(r"^ +(\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
+        print(inspect.getmodule(Config).__doc__.strip(), "\n\noptions, as --name=value:")
+        for f in fields.values():
+            print(f"  --{f.name + '=' + show(f.default):30s}  {comments.get(f.name, '')}")
+        sys.exit(0)
+    for arg in argv:
+        if not arg.startswith("--"):
+            words.append(arg)
+            continue
+        name, equals, text = arg[2:].partition("=")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1, 0) or list(fields)
+            fail(f"there is no option --{name[:60]}; the nearest is --{near[0]}, and --help lists them all")
+        if not equals:
+            fail(f"--{name} needs a value, written --{name}={show(fields[name].default)}")
+        try:
+            values[name] = parse(text, hints[name])
+        except ValueError as e:
+            fail(f"--{name}={text[:60]} makes no sense: it takes {e}")
+    if words and "prompts" not in fields:
+        fail(f"'{words[0][:60]}' is no option; options are written --name=value, and --help lists them")
+    return Config(**values, **({"prompts": tuple(words)} if words else {}))
+
+
+def show(value):
+    return "auto" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# ----------------------------------------------------------------------------------------------------- the machine
+
+
+class Machine:
+    """Where a stage runs: device, dtype of autocast, this process's rank among `world` under torchrun."""
+
+    def __init__(self, device, dtype, training=True):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            mps = torch.backends.mps.is_available()
+            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        try:
+            self.device = torch.device(device)
+            if self.device.type == "cuda" and self.world > 1:
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as e:
+            fail(f"--device={device} can't be used here ({str(e).splitlines()[0]}); try --device=cpu")
+        kind = self.device.type
+        if dtype == "auto":  # half precision where the hardware has it; on a CPU only training is worth the loss
+            cpu = torch.cpu.get_capabilities() if kind == "cpu" and training else {}
+            fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+            if kind == "cuda":
+                fast = torch.cuda.get_device_capability(self.device)[0] >= 8
+            dtype = "bfloat16" if fast else "float16" if kind == "cuda" else "float32"
+        if dtype == "float16" and kind != "cuda":
+            fail(f"--dtype=float16 needs an NVIDIA GPU; on {kind} use --dtype=bfloat16 or float32")
+        self.dtype = getattr(torch, dtype)
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high" if training else "highest")
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+
+    def __str__(self):
+        ranks = f" x {self.world} processes" if self.world > 1 else ""
+        return f"{self.device}{ranks}, {str(self.dtype).removeprefix('torch.')}"
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def say(self, *words):
+        """Print, once for all ranks."""
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def sum(self, tensor):
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor):
+        """The ranks' tensors (n, ...) under each other (world*n, ...)."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    def average_gradients(self, parameters):
+        """Data parallelism in full: one all-reduce of all gradients a step."""
+        if self.world == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = self.sum(torch.cat([g.flatten() for g in grads])) / self.world
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+
+    def compile(self, function, wanted, example):
+        """torch.compile `function` if wanted (auto: on CUDA), tried on the arguments `example`; where that fails, the
+        plain function and a line that says so."""
+        if wanted != "True" and not (wanted == "auto" and self.device.type == "cuda"):
+            return function
+        try:
+            compiled = torch.compile(function)
+            with self.autocast():
+                compiled(*example)
+            return compiled
+        except Exception as e:
+            self.say(f"torch.compile failed ({type(e).__name__}), going on without it")
+            return function
+
+
+def learning_rate(step, peak, warmup, max_steps):
+    """Linear warm-up over `warmup` steps, then half a cosine down to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
+
+
+# ------------------------------------------------------------------------------------------------- files and runs
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Write a file whole or not at all: yields a temporary path, which is flushed to disk and renamed at the end."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        fail(f"could not write {path}: {e.strerror or e}; what was there before is untouched")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with whole(path) as f:
+        f.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def sha256(state_dict):
+    """Hash of a model's weights: names, shapes and values."""
+    h = hashlib.sha256()
+    for name, x in sorted(state_dict.items()):
+        h.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        h.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def load_checkpoint(path, stage):
+    """Read a checkpoint of `stage` ("toy", "vqgan" or "gpt"), memory-mapped; nothing in it is run."""
+    if not Path(path).is_file():
+        fail(f"there is no {stage} checkpoint {path}; train one first or name another")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:
+        fail(f"{path} is no readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:100]})")
+    found = checkpoint.get("stage", "another program") if isinstance(checkpoint, dict) else "another program"
+    if found != stage:
+        fail(f"{path} is a checkpoint of {found}, a {stage} checkpoint is needed")
+    return checkpoint
+
+
+def load_vqgan(path, device):
+    """A finished (or half-trained) VQGAN -> (its averaged network, the hash of those weights, its VQGANConfig)."""
+    checkpoint = load_checkpoint(path, "vqgan")
+    cfg = VQGANConfig(**checkpoint["network"])
+    model = VQGAN(cfg)
+    model.load_state_dict(checkpoint["ema"])
+    model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    return model, checkpoint["sha256"], cfg
+
+
+def load_gpt(path, device):
+    """A GPT's checkpoint -> (its averaged network, the checkpoint's other entries)."""
+    checkpoint = load_checkpoint(path, "gpt")
+    model = GPT(GPTConfig(**checkpoint["network"]))
+    model.load_state_dict(checkpoint["ema"])
+    return model.requires_grad_(False).eval().to(device), checkpoint
+
+
+class Run:
+    """A run folder: `out/stage.ckpt` while a stage trains, renamed `stage.pt` when finished, and `stage.jsonl`, its log.
+
+    `resume` holds the checkpoint to go on from, if there is one. A finished run ends the program with a line that says
+    so; a run of another config, or whose inputs (`depends`, a dict of hashes) have changed, is refused.
+    """
+
+    def __init__(self, stage, cfg, machine, depends):
+        self.stage, self.cfg, self.machine, self.depends = stage, dataclasses.asdict(cfg), machine, depends
+        self.final, self.path = Path(cfg.out) / f"{stage}.pt", Path(cfg.out) / f"{stage}.ckpt"
+        self.resume = None
+        path = self.final if self.final.exists() else self.path
+        if path.exists():
+            self.resume = load_checkpoint(path, stage)
+            old = self.resume["config"]
+            differ = [k for k in self.cfg if k not in HOW and old.get(k) != self.cfg[k]]
+            if differ:
+                fail(f"{path} was made with another config ({', '.join(f'{k}={show(old.get(k))}' for k in differ)}); "
+                     f"repeat that, or choose another folder with --out")
+            for what, digest in depends.items():
+                if self.resume["depends"].get(what) != digest:
+                    fail(f"{path} was started from another {what}; put that back, or choose another folder with --out")
+            if path == self.final:
+                machine.say(f"{path} is finished (step {self.resume['step']}); to train again, choose another --out")
+                sys.exit(0)
+            machine.say(f"going on from {path}, step {self.resume['step']}")
+        self.step = self.resume["step"] if self.resume else 0
+        if machine.rank == 0:  # the log keeps every line up to the checkpoint, once
+            log = Path(cfg.out) / f"{stage}.jsonl"
+            lines = log.read_text().splitlines() if log.exists() else []
+            with whole(log) as f:
+                f.write_text("".join(x + "\n" for x in lines if self.step and json.loads(x)["step"] <= self.step))
+            self.log_file = open(log, "a", buffering=1)
+
+    def log(self, **facts):
+        if self.machine.rank == 0:
+            self.log_file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
+                                            for k, v in facts.items()}) + "\n")
+
+    def save(self, step, **state):
+        """Write the checkpoint of `step`: config, hashes of the inputs and `state`."""
+        if self.machine.rank == 0:
+            with whole(self.path) as f:
+                torch.save({"stage": self.stage, "config": self.cfg, "depends": self.depends, "step": step, **state}, f)
+
+    def finish(self):
+        if self.machine.rank == 0:
+            os.replace(self.path, self.final)
+
+
+class Progress:
+    """A progress bar on a terminal, elsewhere a plain line every five seconds."""
+
+    def __init__(self, total, initial=0, unit="step"):
+        self.done, self.total, self.unit, self.last, self.begun = initial, total, unit, time.time(), (initial, time.time())
+        self.bar = tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def __call__(self, n=1, **facts):
+        self.done += n
+        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
+        if self.bar:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(n)
+        elif time.time() - self.last > 5 or self.done == self.total:
+            self.last = time.time()
+            rate = (self.done - self.begun[0]) / (self.last - self.begun[1])
+            print(f"{self.unit} {self.done}/{self.total}  {rate:.3g}/s  {text}", flush=True)
+        if self.bar and self.done == self.total:
+            self.bar.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- CLIP
+
+CLIP_FILES = {  # OpenAI's published models: SHA-256 of the file
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+CLIP_URL = "https://openaipublic.azureedge.net/clip/models"
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's input pixels
+
+
+def clip_package():
+    """OpenAI's `clip.model` and `clip.simple_tokenizer`, without running clip/__init__.py, which wants torchvision and
+    pkg_resources for things not used here."""
+    if "clip" not in sys.modules:
+        spec = importlib.util.find_spec("clip")
+        if spec is None:
+            fail("the package clip is not installed; see requirements.txt, or run make")
+        bare = types.ModuleType("clip")
+        bare.__path__ = list(spec.submodule_search_locations)
+        sys.modules["clip"] = bare
+    return importlib.import_module("clip.model"), importlib.import_module("clip.simple_tokenizer")
+
+
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def clip_file(name):
+    """A published model's name -> its file in clip's usual cache, downloaded and checked if need be."""
+    path = Path.home() / ".cache/clip" / (name.replace("/", "-").replace("@", "-") + ".pt")
+    if not path.exists():
+        url = f"{CLIP_URL}/{CLIP_FILES[name]}/{path.name}"
+        try:
+            with whole(path) as f, urllib.request.urlopen(url, timeout=15) as source, open(f, "wb") as target:
+                bar = Progress(int(source.headers["Content-Length"] or 0), unit=f"downloading {name}, byte")
+                while block := source.read(1 << 20):
+                    target.write(block)
+                    bar(len(block))
+        except OSError as e:
+            fail(f"could not download {url} ({e}); fetch it by other means and give the file: --clip=FILE")
+    if file_sha256(path) != CLIP_FILES[name]:
+        fail(f"{path} is not OpenAI's {name} (its checksum differs); delete it and run this again")
+    return path
+
+
+class Clip:
+    """A CLIP in float32 that says what it is: `name`, `sha256`, `size` (pixels a side), `dim` of its embeddings."""
+
+    def __init__(self, name, device="cpu"):
+        """`name` is one of OpenAI's published models, or a file: one of those, or a state dict of the same shape."""
+        path = clip_file(name) if name in CLIP_FILES else Path(name)
+        if not path.is_file():
+            fail(f"there is no CLIP {name}; give a file or one of {', '.join(CLIP_FILES)}")
+        try:
+            if file_sha256(path) in CLIP_FILES.values():  # OpenAI's files are programs; these nine are known
+                sd = torch.jit.load(path, map_location="cpu").state_dict()
+            else:
+                sd = torch.load(path, map_location="cpu", weights_only=True)
+            sd = {k: v for k, v in sd.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+            self.model = clip_package()[0].build_model(dict(sd)).float()  # rounds to half precision ...
+            self.model.load_state_dict(sd)                                # ... so the exact weights once more
+        except (RuntimeError, KeyError, AttributeError, TypeError, ValueError, EOFError, OSError,
+                importlib.import_module("pickle").UnpicklingError) as e:
+            fail(f"{path} is not a CLIP that can be read without running code in it ({str(e).splitlines()[0][:100]})")
+        self.wrap(self.model.requires_grad_(False).eval().to(device), str(name), device)
+        self.sha256 = sha256(sd)
+
+    def wrap(self, model, name, device):
+        self.model, self.name, self.device, self.bpe = model, name, device, None
+        self.size, self.dim = model.visual.input_resolution, model.text_projection.shape[1]
+        self.context = model.context_length
+
+    def tokenize(self, texts):
+        """Texts -> (tokens (N, context), list of the texts that had to be cut)."""
+        self.bpe = self.bpe or clip_package()[1].SimpleTokenizer()
+        start, end = self.bpe.encoder["<|startoftext|>"], self.bpe.encoder["<|endoftext|>"]
+        rows, cut = torch.zeros(len(texts), self.context, dtype=torch.long), []
+        for row, text in zip(rows, texts):
+            ids = [start, *self.bpe.encode(text), end]
+            if len(ids) > self.context:
+                cut.append(text)
+                ids = ids[:self.context - 1] + [end]
+            row[:len(ids)] = torch.tensor(ids)
+        return rows, cut
+
+    @torch.no_grad()
+    def text(self, texts):
+        """Texts -> unit embeddings (N, D), one at a time, so that none depends on its neighbours."""
+        rows = self.tokenize(texts)[0].to(self.device)
+        return torch.cat([torch.nn.functional.normalize(self.model.encode_text(r[None]).float(), dim=-1) for r in rows])
+
+    def normalize(self, pixels):
+        """Pictures (B, 3, C, C) in [0, 1] -> what the network expects."""
+        mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (MEAN, STD))
+        return (pixels - mean) / std
+
+    def image(self, pixels):
+        """Pictures (B, 3, size, size) in [0, 1] -> unit embeddings (B, D)."""
+        return torch.nn.functional.normalize(self.model.encode_image(self.normalize(pixels)).float(), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".tga",
+            ".jp2", ".avif"}
+
+
+def list_pictures(folder):
+    """All picture files below `folder`, sorted, as paths relative to it."""
+    if not Path(folder).is_dir():
+        fail(f"there is no folder {folder}; --data takes a folder of pictures")
+    found = sorted(Path(root, f).relative_to(folder).as_posix() for root, _, files in os.walk(folder) for f in files
+                   if Path(f).suffix.lower() in SUFFIXES)
+    return found or fail(f"no pictures in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
+
+
+def held_out(name, percent):
+    """Whether a picture belongs to the validation split: decided by its name alone."""
+    return int(hashlib.md5(name.encode(errors="surrogateescape")).hexdigest(), 16) % 1000 < percent * 10
+
+
+def open_picture(path):
+    """A picture of any mode -> RGB, turned as its EXIF says, transparency over white. Raises OSError or ValueError."""
+    try:
+        with Image.open(path) as im:
+            if im.width * im.height > 100_000_000:
+                raise ValueError(f"{im.width} x {im.height} pixels are too many")
+            im = ImageOps.exif_transpose(im)
+            if im.mode.startswith("I;16") or im.mode == "I":
+                im = Image.fromarray((np.asarray(im).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+            if im.mode in ("LA", "PA", "La", "RGBa") or "transparency" in im.info:
+                im = im.convert("RGBA")
+            if im.mode == "RGBA":
+                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+            return im.convert("RGB")
+    except (OSError, ValueError):
+        raise
+    except Exception as e:  # Pillow's readers raise many kinds on damaged files
+        raise ValueError(f"{type(e).__name__}: {e}") from e
+
+
+def crop(picture, size, zoom=1.0, x=0.5, y=0.5, flip=False):
+    """A size x size crop, uint8 (size, size, 3): the picture's short side is resized to zoom * size (bicubic), the crop
+    taken at x, y in [0, 1] of the room there is. The defaults are CLIP's own preprocessing."""
+    w, h = picture.size
+    short = round(size * zoom)
+    w, h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+    left, top = round((w - size) * x), round((h - size) * y)
+    small = picture if picture.size == (w, h) else picture.resize((w, h), Image.Resampling.BICUBIC)
+    pixels = np.asarray(small.crop((left, top, left + size, top + size)))
+    return pixels[:, ::-1] if flip else pixels
+
+
+def to_tensor(pixels):
+    """uint8 (..., H, W, 3) -> float (..., 3, H, W) in [0, 1]."""
+    return torch.as_tensor(np.ascontiguousarray(pixels)).movedim(-1, -3).float() / 255
+
+
+def to_image(x):
+    """A picture (3, H, W) in [-1, 1] -> Pillow."""
+    return Image.fromarray(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy())
+
+
+def save_grid(path, pictures, columns, labels=()):
+    """Pillow pictures of one size -> one PNG, row by row, each row under its label if there are any."""
+    w, h = pictures[0].size
+    scale = max(1, 128 // w) if labels else 1
+    w, h, head, gap = w * scale, h * scale, 18 if labels else 0, 4
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + head + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, p in enumerate(pictures):
+        left, top = gap + (i % columns) * (w + gap), gap + (i // columns) * (h + head + gap)
+        if labels and i % columns == 0:
+            draw.text((left, top), labels[i // columns], fill="black", font=ImageFont.load_default(13))
+        sheet.paste(p.resize((w, h), Image.Resampling.NEAREST), (left, top + head))
+    with whole(path) as f:
+        sheet.save(f)

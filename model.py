@@ -1,0 +1,484 @@
+"""The networks of CLIP-GEN: a VQGAN that turns pictures into tokens and back, its PatchGAN discriminator, and a GPT that
+writes such tokens behind one prefix token, a CLIP embedding. No files, no arguments, no printing: the stages do that.
+
+    pictures --Encoder--> z --Quantizer--> tokens --GPT learns p(tokens | CLIP embedding)
+    tokens --Quantizer.lookup--> codes --Decoder--> pictures
+
+Letters in shape comments: B pictures, T tokens of a picture, K codes in the codebook, C width, D embedding size, H heads.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------------- VQGAN
+
+
+@dataclass
+class VQGANConfig:
+    """Shape of a VQGAN. taming-transformers' published f=16 model is the default with `codes` 1024 or 16384."""
+    image_size: int = 256                 # side of the (square) pictures it is built for
+    patch: int = 1                        # fold patch x patch pixels into channels first: 1 is taming, 2 is 4x cheaper
+    ch: int = 128                         # width of the first level, a multiple of 32
+    ch_mult: tuple = (1, 1, 2, 2, 4)      # width of each level in units of ch; a factor 2 lies between two levels
+    num_res_blocks: int = 2               # residual blocks a level
+    attn_resolutions: tuple = (16,)       # grid sides at which attention follows each residual block
+    z_channels: int = 256                 # channels between the convolutions and the 1x1 into the codebook's space
+    codes: int = 16384                    # size K of the codebook
+    code_dim: int = 256                   # length of a code
+    l2_norm: bool = False                 # compare unit-length codes (Yu et al. 2022) instead of plain L2 ones
+    eps: float = 1e-6                     # of GroupNorm
+
+    @property
+    def factor(self):
+        """Pixels of a picture's side that one token's side stands for (the f of f=16)."""
+        return self.patch * 2 ** (len(self.ch_mult) - 1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in float32 also under autocast: exact, and on a CPU 2-3x faster than its bfloat16 kernel."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, twice, around a skip connection; 1x1 on the skip where the width changes."""
+
+    def __init__(self, c_in, c_out, eps):
+        super().__init__()
+        self.norm1 = GroupNorm(32, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = GroupNorm(32, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over the h x w positions of a feature map."""
+
+    def __init__(self, c, eps):
+        super().__init__()
+        self.norm = GroupNorm(32, c, eps)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        n = self.norm(x)
+        q, k, v = (conv(n).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, hw, c)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]                                             # (B, hw, c)
+        return x + self.proj_out(y.transpose(1, 2).reshape(b, c, h, w))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # taming pads right and below only
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def level(c_in, c, blocks, attention, eps):
+    """One resolution: `blocks` residual blocks, each followed by attention if asked for. Returns a Module to fill."""
+    m = nn.Module()
+    m.block = nn.ModuleList(ResnetBlock(c_in if j == 0 else c, c, eps) for j in range(blocks))
+    m.attn = nn.ModuleList(AttnBlock(c, eps) for _ in range(blocks if attention else 0))
+    return m
+
+
+def middle(c, eps):
+    """The bottom of encoder and decoder: residual block, attention, residual block."""
+    m = nn.Module()
+    m.block_1, m.attn_1, m.block_2 = ResnetBlock(c, c, eps), AttnBlock(c, eps), ResnetBlock(c, c, eps)
+    return m
+
+
+def run_level(m, h):
+    for j, block in enumerate(m.block):
+        h = block(h)
+        if len(m.attn):
+            h = m.attn[j](h)
+    return h
+
+
+class Encoder(nn.Module):
+    """Pictures to feature maps (Esser et al. 2021), module names as in taming-transformers."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        side, c = cfg.image_size // cfg.patch, cfg.ch
+        self.patch = cfg.patch
+        self.conv_in = nn.Conv2d(3 * cfg.patch ** 2, c, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, mult in enumerate(cfg.ch_mult):
+            self.down.append(level(c, cfg.ch * mult, cfg.num_res_blocks, side in cfg.attn_resolutions, cfg.eps))
+            c = cfg.ch * mult
+            if i < len(cfg.ch_mult) - 1:
+                self.down[i].downsample = Downsample(c)
+                side //= 2
+        self.mid = middle(c, cfg.eps)
+        self.norm_out = GroupNorm(32, c, cfg.eps)
+        self.conv_out = nn.Conv2d(c, cfg.z_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))        # (B, 3, S, S) -> (B, ch, S/patch, S/patch)
+        for m in self.down:
+            h = run_level(m, h)
+            if hasattr(m, "downsample"):
+                h = m.downsample(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        return self.conv_out(F.silu(self.norm_out(h)))            # (B, z_channels, S/f, S/f)
+
+
+class Decoder(nn.Module):
+    """Feature maps to pictures; `up` is numbered from the finest level, as in taming-transformers."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.patch = cfg.patch
+        c = cfg.ch * cfg.ch_mult[-1]
+        side = cfg.image_size // cfg.factor
+        self.conv_in = nn.Conv2d(cfg.z_channels, c, 3, padding=1)
+        self.mid = middle(c, cfg.eps)
+        up = []
+        for i, mult in reversed(list(enumerate(cfg.ch_mult))):
+            m = level(c, cfg.ch * mult, cfg.num_res_blocks + 1, side in cfg.attn_resolutions, cfg.eps)
+            c = cfg.ch * mult
+            if i > 0:
+                m.upsample = Upsample(c)
+                side *= 2
+            up.insert(0, m)
+        self.up = nn.ModuleList(up)
+        self.norm_out = GroupNorm(32, c, cfg.eps)
+        self.conv_out = nn.Conv2d(c, 3 * cfg.patch ** 2, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(z))))
+        for m in reversed(self.up):
+            h = run_level(m, h)
+            if hasattr(m, "upsample"):
+                h = m.upsample(h)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+
+
+class Quantizer(nn.Module):
+    """The codebook: each vector of the feature map is replaced by its nearest code (van den Oord et al. 2017).
+
+    With `l2_norm` vectors and codes are compared at unit length, which in few dimensions keeps the whole codebook in
+    use (Yu et al. 2022).
+    """
+
+    def __init__(self, codes, dim, l2_norm):
+        super().__init__()
+        self.l2_norm = l2_norm
+        self.embedding = nn.Embedding(codes, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
+        self.register_buffer("usage", torch.ones(codes), persistent=False)  # moving average of hits, 1 = the fair share
+
+    def unit(self, x):
+        return F.normalize(x, dim=-1) if self.l2_norm else x
+
+    def nearest(self, z):
+        """Vectors (N, d) -> index of the nearest code for each (N,), computed in float32."""
+        codebook = self.unit(self.embedding.weight)                                    # (K, d)
+        with torch.autocast(z.device.type, enabled=False):
+            return (codebook.square().sum(1) - 2 * z.float() @ codebook.T).argmin(1)   # ||z||^2 is the same for all
+
+    def lookup(self, tokens):
+        """Tokens (B, h, w) -> their codes as a feature map (B, d, h, w)."""
+        return self.unit(self.embedding(tokens)).permute(0, 3, 1, 2)
+
+    def forward(self, z, beta=0.25):
+        """Feature map (B, d, h, w) -> (straight-through codes (B, d, h, w), loss (), tokens (B, h, w)).
+
+        loss = |sg(z) - e|^2 + beta |z - sg(e)|^2: the codebook follows the encoder, and beta weighs the commitment of
+        the encoder to its codes (eq. 3 of van den Oord et al. 2017).
+        """
+        z = self.unit(z.float().permute(0, 2, 3, 1))                                   # (B, h, w, d)
+        tokens = self.nearest(z.detach().flatten(0, 2)).view(z.shape[:3])              # (B, h, w)
+        e = self.unit(self.embedding(tokens))                                          # (B, h, w, d)
+        loss = F.mse_loss(e, z.detach()) + beta * F.mse_loss(z, e.detach())
+        return (z + (e - z).detach()).permute(0, 3, 1, 2), loss, tokens
+
+    @torch.no_grad()
+    def kmeans(self, z, generator, rounds=10):
+        """Lay the codebook over vectors z (N, d), at least one each: k-means from randomly chosen vectors."""
+        z, k = self.unit(z.float()), len(self.embedding.weight)
+        pick = torch.randperm(max(len(z), k), generator=generator)[:k] % len(z)
+        self.embedding.weight.copy_(z[pick.to(z.device)])
+        for _ in range(rounds):
+            tokens = self.nearest(z)
+            count = torch.bincount(tokens, minlength=k)[:, None]                       # (K, 1)
+            mean = torch.zeros_like(self.embedding.weight).index_add_(0, tokens, z) / count.clamp(min=1)
+            self.embedding.weight.copy_(torch.where(count > 0, self.unit(mean), self.embedding.weight))
+
+    @torch.no_grad()
+    def restart(self, counts, z, generator, decay=0.99, threshold=0.03):
+        """Move codes that went out of use onto encoder outputs, so that none dies. Returns how many were moved.
+
+        counts (K,): hits of each code in the last step; z (N, d): encoder outputs to choose from. A code is out of use
+        when the moving average of its hits is under `threshold` of the fair share.
+        """
+        k = len(counts)
+        self.usage.lerp_(counts.float() * (k / counts.sum()), 1 - decay)
+        dead = (self.usage < threshold).nonzero()[:, 0]
+        pick = torch.randint(len(z), (k,), generator=generator).to(z.device)[: len(dead)]
+        self.embedding.weight[dead] = self.unit(z[pick].float())
+        self.usage[dead] = 1.0
+        return len(dead)
+
+
+class VQGAN(nn.Module):
+    """Encoder, codebook, decoder (Esser et al. 2021). Pictures are (B, 3, S, S) in [-1, 1]; parameter names are
+    taming-transformers', so its published checkpoints load strictly."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.quantize = Quantizer(cfg.codes, cfg.code_dim, cfg.l2_norm)
+        self.quant_conv = nn.Conv2d(cfg.z_channels, cfg.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(cfg.code_dim, cfg.z_channels, 1)
+
+    def encode(self, x):
+        """Pictures (B, 3, S, S) -> tokens (B, S/f, S/f)."""
+        z = self.quant_conv(self.encoder(x)).permute(0, 2, 3, 1)                       # (B, h, w, d)
+        return self.quantize.nearest(self.quantize.unit(z.float()).flatten(0, 2)).view(z.shape[:3])
+
+    def decode(self, tokens):
+        """Tokens (B, S/f, S/f) -> pictures (B, 3, S, S)."""
+        return self.decoder(self.post_quant_conv(self.quantize.lookup(tokens)))
+
+    def forward(self, x, beta=0.25, quantized=True):
+        """Pictures -> (reconstructions, quantiser loss, tokens, encoder outputs (B*h*w, d)).
+
+        With quantized=False the encoder's vectors go straight to the decoder: the continuous start.
+        """
+        z = self.quant_conv(self.encoder(x))                                           # (B, d, h, w)
+        flat = z.detach().permute(0, 2, 3, 1).flatten(0, 2).float()                    # (B*h*w, d)
+        if quantized:
+            q, loss, tokens = self.quantize(z, beta)
+        else:
+            q = self.quantize.unit(z.float().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            loss, tokens = z.new_zeros(()), None
+        return self.decoder(self.post_quant_conv(q)), loss, tokens, flat
+
+
+class Discriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017): a logit for each overlapping patch, real or reconstructed. (B, 3, S, S) -> (B, 1, h, w)"""
+
+    def __init__(self, ch=64, layers=3):
+        super().__init__()
+        body, c = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], ch
+        for i in range(1, layers + 1):
+            c_out = ch * min(2 ** i, 8)
+            body += [nn.Conv2d(c, c_out, 4, stride=2 if i < layers else 1, padding=1, bias=False),
+                     GroupNorm(32, c_out), nn.LeakyReLU(0.2)]  # no batch statistics: ranks and batch sizes agree
+            c = c_out
+        self.body = nn.Sequential(*body, nn.Conv2d(c, 1, 4, padding=1))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def hinge_loss(real, fake):
+    """Discriminator loss of Lim & Ye 2017 on logits of any equal shape: zero once real > 1 and fake < -1."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+# --------------------------------------------------------------------------------------------------------- GPT
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT over picture tokens."""
+    codes: int = 16384        # size K of the codebook it writes in
+    grid: int = 16            # side of the token grid; a picture is grid*grid tokens
+    cond_dim: int = 512       # size D of the CLIP embedding
+    n_layer: int = 24
+    n_head: int = 16
+    n_embd: int = 1024
+    classic: bool = False     # the 2022 recipe: learned positions, LayerNorm, GELU, biases, raw embedding as the prefix
+
+
+def rms_norm(x):
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rope_2d(grid, head_dim, base=100.0):
+    """cos and sin (grid*grid, head_dim/2) of 2-D rotary positions: half of the pairs turn with the row, half with the
+    column (Su et al. 2021). Position 0 is the prefix and does not turn; position i+1 is token i of the grid."""
+    freqs = base ** -(torch.arange(head_dim // 4) / (head_dim // 4))                    # (hd/4,)
+    i = torch.arange(grid * grid - 1)
+    angle = torch.cat([(i // grid)[:, None] * freqs, (i % grid)[:, None] * freqs], 1)  # (T-1, hd/2)
+    angle = F.pad(angle, (0, 0, 1, 0))                                                 # (T, hd/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, -1)                                                              # (B, H, t, hd/2) each
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the stream.
+
+    Modern: RMSNorm without weights, no biases, normalised queries and keys, ReLU^2. Classic: LayerNorm, biases, GELU.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        c, self.n_head, self.classic = cfg.n_embd, cfg.n_head, cfg.classic
+        self.ln_1, self.ln_2 = (nn.LayerNorm(c) if self.classic else rms_norm for _ in range(2))
+        self.qkv = nn.Linear(c, 3 * c, bias=self.classic)
+        self.proj = nn.Linear(c, c, bias=self.classic)
+        self.fc = nn.Linear(c, 4 * c, bias=self.classic)
+        self.fc_out = nn.Linear(4 * c, c, bias=self.classic)
+
+    def forward(self, x, rope, cache=None, pos=0):
+        b, t, c = x.shape
+        q, k, v = self.qkv(self.ln_1(x)).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, t, hd) each
+        if not self.classic:
+            q, k = rotate(rms_norm(q), *rope), rotate(rms_norm(k), *rope)
+        if cache is not None:  # t is 1: write this position, look at all up to it
+            cache[0][:, :, pos], cache[1][:, :, pos] = k[:, :, 0], v[:, :, 0]
+            k, v = cache[0][:, :, :pos + 1], cache[1][:, :, :pos + 1]                           # (B, H, pos+1, hd)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)                    # (B, H, t, hd)
+        x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
+        h = self.fc(self.ln_2(x))
+        return x + self.fc_out(F.gelu(h) if self.classic else F.relu(h).square())
+
+
+class GPT(nn.Module):
+    """p(tokens | CLIP embedding). The input is [prefix] t0 t1 ... and the output at each position the next token's
+    logits. `means` holds the two modalities' mean embeddings (row 0 pictures, row 1 texts) that centring subtracts."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        assert cfg.n_embd % cfg.n_head == 0 and (cfg.classic or (cfg.n_embd // cfg.n_head) % 4 == 0)
+        self.cfg = cfg
+        c = cfg.n_embd
+        self.tok_emb = nn.Embedding(cfg.codes, c)
+        self.cond_proj = nn.Linear(cfg.cond_dim, c, bias=cfg.classic)
+        self.null = None if cfg.classic else nn.Parameter(torch.zeros(c))  # stands in for a dropped condition
+        self.pos_emb = nn.Parameter(torch.zeros(cfg.grid ** 2, c)) if cfg.classic else None
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(c) if cfg.classic else rms_norm
+        self.head = nn.Linear(c, cfg.codes, bias=cfg.classic)
+        self.register_buffer("means", torch.zeros(2, cfg.cond_dim))
+        if not cfg.classic:
+            cos, sin = rope_2d(cfg.grid, c // cfg.n_head)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                nn.init.normal_(p, std=0.02 if "emb" in name or cfg.classic else c ** -0.5)
+        for p in (self.head.weight, *(w for b in self.blocks for w in (b.proj.weight, b.fc_out.weight))):
+            nn.init.zeros_(p)  # every block starts as the identity and the first loss is exactly ln K
+
+    def condition(self, embedding, modality="image", noise=None):
+        """CLIP embeddings (B, D) of any length -> what the prefix is made of (B, D).
+
+        Unit length, minus the modality's mean, unit length again: pictures and texts lie around two different means
+        (Liang et al. 2022), and this brings them onto each other. In training a direction `noise` (B, D), whose length
+        is the noise level s, is added and the result renormalised: c = norm(c + s e/|e|) (Zhou et al. 2022). Classic
+        takes the raw unit embedding.
+        """
+        c = F.normalize(embedding.float(), dim=-1)
+        if not self.cfg.classic:
+            c = F.normalize(c - self.means[{"image": 0, "text": 1}[modality]], dim=-1)
+        return c if noise is None else F.normalize(c + noise, dim=-1)
+
+    def prefix(self, cond, drop=None):
+        """Conditions (B, D) -> prefix token (B, 1, C); rows where drop (B,) is True get the null embedding."""
+        x = self.cond_proj(cond if self.cfg.classic else cond * math.sqrt(cond.shape[-1]))      # (B, C)
+        if drop is not None:
+            x = torch.where(drop[:, None], self.null.to(x.dtype), x)
+        return x[:, None]
+
+    def run(self, x, pos=0, caches=None):
+        """Embedded inputs (B, t, C) at positions pos.. -> logits (B, t, K)."""
+        t = x.shape[1]
+        if self.cfg.classic:
+            x, rope = x + self.pos_emb[pos:pos + t], None
+        else:
+            x, rope = rms_norm(x), (self.cos[pos:pos + t], self.sin[pos:pos + t])
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, None if caches is None else caches[i], pos)
+        return self.head(self.ln_f(x))
+
+    def forward(self, cond, tokens, drop=None):
+        """Conditions (B, D) and tokens (B, t), t < T -> logits (B, t+1, K) of tokens 0..t."""
+        return self.run(torch.cat([self.prefix(cond, drop), self.tok_emb(tokens)], 1))
+
+    def loss(self, cond, tokens, drop=None):
+        """Mean cross-entropy in nats of all T tokens (B, T) given their conditions (B, D)."""
+        logits = self(cond, tokens[:, :-1], drop)                                               # (B, T, K)
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+    @torch.no_grad()
+    def decode_logits(self, cond, next_token, guidance=1.0):
+        """Write one picture per row with a key-value cache. Returns tokens (B, T).
+
+        next_token(i, logits (B, K)) -> tokens (B,) chooses token i. With guidance g != 1 the same pass carries a second
+        set of rows without condition, and logits = null + g (cond - null) (Ho & Salimans 2022).
+        """
+        assert guidance == 1.0 or not self.cfg.classic, "a classic GPT has no null embedding, so no guidance"
+        b, t_max, c, h = len(cond), self.cfg.grid ** 2, self.cfg.n_embd, self.cfg.n_head
+        x = self.prefix(cond)                                                                   # (B, 1, C)
+        if guidance != 1.0:
+            x = torch.cat([x, self.null.to(x.dtype).expand_as(x)])                              # (2B, 1, C)
+        caches = [x.new_empty(2, len(x), h, t_max, c // h) for _ in self.blocks]                # keys and values
+        tokens = torch.empty(b, t_max, dtype=torch.long, device=x.device)
+        for i in range(t_max):
+            logits = self.run(x, i, caches)[:, 0].float()                                       # (B or 2B, K)
+            if guidance != 1.0:
+                logits = logits[b:] + guidance * (logits[:b] - logits[b:])                      # (B, K)
+            tokens[:, i] = next_token(i, logits)
+            x = self.tok_emb(tokens[:, i].repeat(len(x) // b))[:, None]                         # (B or 2B, 1, C)
+        return tokens
+
+    def generate(self, cond, uniform, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0):
+        """Sample pictures: conditions (B, D) and uniform numbers (B, T) in [0, 1) -> tokens (B, T).
+
+        The randomness comes in as numbers, one per token, so that a picture depends on its own row alone. top_k=0 and
+        top_p=1 keep everything; temperature 0 takes the likeliest token.
+        """
+        return self.decode_logits(cond, lambda i, logits: pick(logits, uniform[:, i], temperature, top_k, top_p),
+                                  guidance)
+
+
+def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Logits (B, K) and uniform numbers u (B,) -> tokens (B,), by the inverse of the cumulative distribution.
+
+    Codes are sorted by probability; only the top_k first, and of those the fewest that hold top_p of the mass (nucleus
+    sampling, Holtzman et al. 2020), can be chosen. No synchronisation with the host.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    k = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1]
+    logits, codes = logits.topk(k, -1)                                                          # (B, k), falling
+    p = F.softmax(logits / temperature, -1)
+    mass = p.cumsum(-1)
+    p = torch.where(mass - p < top_p, p, 0.0)  # keeps the code that crosses top_p, and always the first
+    mass = p.cumsum(-1)
+    i = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=k - 1)              # (B, 1)
+    return codes.gather(-1, i)[:, 0]

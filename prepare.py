@@ -1,0 +1,181 @@
+"""Stage 2: turn a folder of pictures into the files the GPT is trained on.
+
+Each row is one crop of one picture, seen twice: by the VQGAN as tokens, by CLIP's image encoder as an embedding. Both
+networks are frozen, so this is done once, and the trainer reads fixed-size rows from memory-mapped files:
+
+    train_tokens.bin, val_tokens.bin   uint16 (uint32 above 65,536 codes) [rows, T]
+    train_clip.bin, val_clip.bin       float16 [rows, D], unit length
+    meta.json                          shapes, what made the rows, the embeddings' means, what was skipped and why
+
+Work goes in chunks of pictures, each a small file of its own until the end: a restart goes on with the missing ones, and
+any number of processes can share them."""
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import (HOW, Amount, Clip, Count, Device, Dtype, Machine, Progress, Share, Whole, configure, crop, fail, file_sha256, held_out,
+                    list_pictures, load_checkpoint, load_vqgan, open_picture, show, to_tensor, whole, write_json)
+
+
+@dataclass
+class Config:
+    data: str = "data/toy/train"        # a folder of pictures, at any depth
+    out: str = "data/toy_tokens"        # the dump: a folder of its own
+    vqgan: str = "out/vqgan/vqgan.pt"   # checkpoint of vqgan.py
+    clip: str = "out/toy/clip.pt"       # ViT-B/32 and so on, or a file
+    seed: Whole = 0                     # of the crops
+    crops: Count = 2                    # rows of each training picture; the first is the plain centre crop
+    min_zoom: Share = 0.9               # the others show between this share of the picture's short side and all of it
+    flip: bool = True                   # mirror half of the others
+    val_percent: Amount = 2.0           # of the pictures that are held out, chosen by name
+    batch_size: Count = 128             # rows at a time through the networks
+    chunk: Count = 1024                 # pictures a chunk
+    workers: Whole = 2                  # decoding processes
+    device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
+    dtype: Dtype = "float32"            # of the networks: auto, float32, bfloat16, float16
+
+
+# Everyday phrases, tied to no picture and none of them a prompt of the evaluation; their mean embedding is where CLIP
+# keeps its texts, and centring subtracts it.
+GENERIC = [f"a photo of {x}" for x in ("a person", "a dog", "a street", "food on a table", "a mountain", "the sea", "a room",
+           "a house", "a tree", "a car", "a boat", "a bus", "a flower", "the moon", "a cup", "a star", "a fish")] + \
+          [f"something {c}" for c in ("red", "blue", "green", "yellow", "pink", "brown", "purple", "black", "white")] + \
+          ["a picture", "a drawing", "a small thing", "a large thing", "a heart", "a mushroom", "a grey background",
+           "a white background", "a sky background", "a sand background"]
+
+
+class Chunks(torch.utils.data.Dataset):
+    """Item number c: the crops of pictures c*chunk .. , for the VQGAN (n, S, S, 3) and for CLIP (n, C, C, 3), both uint8 and
+    of the same part of the picture, and the pictures that failed, each with the reason."""
+
+    def __init__(self, names, cfg, size, clip_size, crops):
+        self.names, self.cfg, self.size, self.clip_size, self.crops = names, cfg, size, clip_size, crops
+
+    def __len__(self):
+        return -(-len(self.names) // self.cfg.chunk)
+
+    def __getitem__(self, c):
+        mine = self.names[c * self.cfg.chunk:(c + 1) * self.cfg.chunk]
+        rows, clip_rows, skipped = [], [], []
+        for i, name in enumerate(mine, c * self.cfg.chunk):
+            try:
+                picture = open_picture(Path(self.cfg.data, name))
+            except (OSError, ValueError) as e:
+                skipped.append([name, " ".join(str(e).replace(self.cfg.data, "").split())[:200]])
+                continue
+            for j in range(self.crops):
+                zoom, x, y, flip = np.random.default_rng((self.cfg.seed, i, j)).random(4)
+                how = (1 / (1 - zoom * (1 - self.cfg.min_zoom)), x, y, self.cfg.flip and flip < 0.5) if j else ()
+                rows.append(crop(picture, self.size, *how))
+                clip_rows.append(crop(picture, self.clip_size, *how))
+        empty = np.zeros((0, self.size, self.size, 3), np.uint8), np.zeros((0, self.clip_size, self.clip_size, 3), np.uint8)
+        return c, *((np.stack(rows), np.stack(clip_rows)) if rows else empty), skipped
+
+
+def main():
+    cfg = configure(Config)
+    machine = Machine(cfg.device, cfg.dtype, training=False)
+    names = list_pictures(cfg.data)
+    vqgan, vqgan_sha, vcfg = load_vqgan(cfg.vqgan, machine.device)
+    clip = Clip(cfg.clip, machine.device)
+    out, parts = Path(cfg.out), Path(cfg.out, "parts")
+    made = {"config": asdict(cfg), "vqgan": str(cfg.vqgan), "vqgan_sha256": vqgan_sha, "clip": clip.name,
+            "clip_sha256": clip.sha256, "sources": len(names)}
+    finished = out / "meta.json"
+    for path in (finished, parts / "made.json"):
+        if path.exists():
+            refuse_other(path, made)
+    if finished.exists():
+        machine.say(f"{finished} is finished; to prepare again, choose another --out")
+        return
+    splits = {"train": [n for n in names if not held_out(n, cfg.val_percent)],
+              "val": [n for n in names if held_out(n, cfg.val_percent)]}
+    if machine.rank == 0:
+        write_json(parts / "made.json", made)
+    side = vcfg.image_size // vcfg.factor
+    dtype = np.uint16 if vcfg.codes <= 65536 else np.uint32
+    machine.say(f"prepare: {len(splits['train'])} pictures x {cfg.crops} crops and {len(splits['val'])} held out, from "
+                f"{cfg.data}; {side} x {side} tokens by {cfg.vqgan}, {clip.dim}-d embeddings by {clip.name}; on {machine}; "
+                f"writes {out}")
+
+    @torch.no_grad()
+    def run(pixels, clip_pixels):
+        """uint8 crops (B, S, S, 3), (B, C, C, 3) -> tokens (B, T), unit embeddings (B, D)."""
+        with machine.autocast():
+            tokens = vqgan.encode(to_tensor(pixels).to(machine.device, memory_format=torch.channels_last) * 2 - 1)
+            embedding = clip.image(to_tensor(clip_pixels).to(machine.device))
+        return tokens.flatten(1).cpu().numpy().astype(dtype), embedding.cpu().numpy().astype(np.float16)
+
+    bar = Progress(sum(map(len, splits.values())), unit="picture")
+    for split, mine in splits.items():
+        chunks = Chunks(mine, cfg, vcfg.image_size, clip.size, cfg.crops if split == "train" else 1)
+        todo = [c for c in range(len(chunks)) if not (parts / f"{split}{c:06d}.npz").exists()]
+        bar(len(mine) - sum(len(mine[c * cfg.chunk:(c + 1) * cfg.chunk]) for c in todo))
+        todo = todo[machine.rank::machine.world]
+        loader = torch.utils.data.DataLoader(chunks, None, sampler=todo, num_workers=cfg.workers, prefetch_factor=1 if
+                                             cfg.workers else None)
+        for c, pixels, clip_pixels, skipped in loader:
+            cuts = range(0, len(pixels), cfg.batch_size)
+            done = [run(pixels[i:i + cfg.batch_size], clip_pixels[i:i + cfg.batch_size]) for i in cuts]
+            tokens = np.concatenate([d[0] for d in done]) if done else np.zeros((0, side * side), dtype)
+            embedding = np.concatenate([d[1] for d in done]) if done else np.zeros((0, clip.dim), np.float16)
+            with whole(parts / f"{split}{c:06d}.npz") as f:
+                np.savez(f, tokens=tokens, clip=embedding, skipped=json.dumps(skipped))
+            bar(len(mine[c * cfg.chunk:(c + 1) * cfg.chunk]))
+    if machine.world > 1:
+        torch.distributed.barrier()
+    if machine.rank == 0:
+        join(out, parts, splits, cfg, made, vcfg, clip, dtype, machine)
+
+
+def refuse_other(path, made):
+    try:
+        old = json.loads(path.read_text())
+        differ = [k for k in made["config"] if k not in HOW and old["config"].get(k) != made["config"][k]] + \
+                 [k for k in made if k != "config" and old.get(k) != made[k] and k in ("vqgan_sha256", "clip_sha256", "sources")]
+        was = ", ".join(f"{k}={show(old['config'].get(k, old.get(k)))}" for k in differ)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        fail(f"{path} can't be read; move it away, or choose another folder with --out")
+    if differ:
+        fail(f"{path.parent} was made otherwise ({was}); repeat that, or choose another folder with --out")
+
+
+def join(out, parts, splits, cfg, made, vcfg, clip, dtype, machine):
+    """All chunks, in order, into the four .bin files; meta.json last, as the sign that they are whole."""
+    rows, skipped, total = {}, [], np.zeros(clip.dim)
+    for split, mine in splits.items():
+        rows[split] = 0
+        with whole(out / f"{split}_tokens.bin") as f, whole(out / f"{split}_clip.bin") as g:
+            with open(f, "wb") as tokens_file, open(g, "wb") as clip_file:
+                for c in range(-(-len(mine) // cfg.chunk)):
+                    with np.load(parts / f"{split}{c:06d}.npz") as part:
+                        tokens_file.write(part["tokens"].tobytes())
+                        clip_file.write(part["clip"].tobytes())
+                        rows[split] += len(part["tokens"])
+                        skipped += json.loads(str(part["skipped"]))
+                        if split == "train":
+                            total += part["clip"].astype(np.float64).sum(0)
+    if not rows["train"]:
+        for split in splits:
+            for kind in ("tokens", "clip"):
+                (out / f"{split}_{kind}.bin").unlink()
+        fail(f"none of the {len(splits['train'])} training pictures of {cfg.data} could be read, the first: "
+             f"{skipped[0] if skipped else 'all are held out'}")
+    texts = clip.text(GENERIC)
+    write_json(out / "meta.json", {
+        **made, "train_rows": rows["train"], "val_rows": rows["val"], "tokens": (vcfg.image_size // vcfg.factor) ** 2,
+        "grid": vcfg.image_size // vcfg.factor, "codes": vcfg.codes, "tokens_dtype": np.dtype(dtype).name,
+        "clip_dim": clip.dim, "clip_dtype": "float16", "files": {f"{s}_{kind}.bin": file_sha256(out / f"{s}_{kind}.bin") for s in splits for kind in ("tokens", "clip")},
+        "image_mean": (total / rows["train"]).tolist(),
+        "text_mean": texts.double().mean(0).tolist(), "skipped_count": len(skipped), "skipped": skipped})
+    shutil.rmtree(parts)
+    machine.say(f"wrote {rows['train']} training and {rows['val']} validation rows to {out}; {len(skipped)} pictures skipped"
+                + (f", the first: {': '.join(skipped[0])}" if skipped else "") + f"; next: python train_gpt.py --data={out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Stage 4: words in, pictures out.
+
+CLIP's text encoder turns the words into an embedding, the GPT writes tokens behind it, the VQGAN's decoder paints them.
+    python sample.py "a red bus" "a small blue fish" --n=4
+With --candidates more pictures are drawn than kept, and CLIP keeps those that look most like the words. With --image=FILE
+the embedding of a picture takes the words' place, for variations of it."""
+import hashlib
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import (AutoAmount, AutoCount, AutoShare, AutoWhole, Clip, Count, Device, Dtype, Machine, Whole, configure, crop, fail,
+                    file_sha256, load_gpt, load_vqgan, open_picture, save_grid, to_image, to_tensor, whole)
+
+
+@dataclass
+class Config:
+    prompts: tuple = ()                 # what to draw, each in quotes
+    gpt: str = ""                       # checkpoint of train_gpt.py; empty: the newest finished one under out/
+    vqgan: str = ""                     # checkpoint of vqgan.py; empty: the one the GPT was trained with
+    clip: str = ""                      # empty: the one the GPT was trained with
+    image: str = ""                     # a picture to draw variations of, instead of words
+    out: str = "out/samples.png"        # the grid; each picture by itself goes into the folder of the same name
+    n: AutoCount = None                 # pictures to keep of each prompt (auto: 4; classic 8)
+    candidates: AutoCount = None        # pictures to draw of each, of which CLIP keeps the best n (auto: n; classic 64)
+    cfg: AutoAmount = None              # classifier-free guidance, 1 is none (auto: 2; classic 1)
+    temperature: AutoAmount = None      # 0 takes the likeliest token (auto: 1)
+    top_k: AutoWhole = None             # choose among this many likeliest codes, 0 is all (auto: 0; classic 500)
+    top_p: AutoShare = None             # choose among the likeliest codes that hold this mass (auto: 1; classic 0.95)
+    seed: Whole = 0
+    batch_size: Count = 64              # pictures at a time
+    device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
+    dtype: Dtype = "auto"               # auto (float32 on a CPU), float32, bfloat16, float16
+
+
+MODERN = {"n": 4, "candidates": 0, "cfg": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+CLASSIC = {"n": 8, "candidates": 64, "cfg": 1.0, "temperature": 1.0, "top_k": 500, "top_p": 0.95}  # as released in 2022
+
+
+def uniforms(seed, key, count, tokens):
+    """The random numbers of pictures 0..count-1 of a prompt (count, tokens): functions of (seed, key, i) alone."""
+    rngs = (np.random.default_rng(list(hashlib.sha256(f"{seed} {i} {key}".encode(errors="replace")).digest())) for i in range(count))
+    return torch.from_numpy(np.stack([rng.random(tokens, np.float32) for rng in rngs]))
+
+
+def draw(gpt, vqgan, cond, uniform, options, machine, batch_size):
+    """Conditions (N, D) and random numbers (N, T) -> (N pictures (3, S, S) in [-1, 1] on the CPU, seconds in the GPT)."""
+    pictures, seconds = [], 0.0
+    for c, u in zip(cond.split(batch_size), uniform.split(batch_size)):
+        begun = time.time()
+        with torch.no_grad(), machine.autocast():
+            tokens = gpt.generate(c.to(machine.device), u.to(machine.device), options["cfg"], options["temperature"],
+                                  options["top_k"], options["top_p"]).view(-1, gpt.cfg.grid, gpt.cfg.grid).cpu()
+            seconds += time.time() - begun
+            # one at a time, so that the last bit of a pixel does not depend on its neighbours
+            pictures += [vqgan.decode(t[None].to(machine.device))[0].float().cpu() for t in tokens]
+    return pictures, seconds
+
+
+@torch.no_grad()
+def similarity(clip, pictures, embedding):
+    """CLIP's cosine between Pillow pictures and one embedding (D,): a list, one number a picture."""
+    return [(clip.image(to_tensor(crop(p, clip.size))[None].to(clip.device))[0] @ embedding).item() for p in pictures]
+
+
+def load(cfg, machine):
+    """The three networks: (gpt, vqgan, clip), after checking that they belong together."""
+    path = cfg.gpt
+    if not path:
+        found = sorted(Path("out").glob("**/gpt.pt"), key=lambda p: p.stat().st_mtime)
+        path = found[-1] if found else fail("there is no finished GPT under out/; run make demo, or train one with train_gpt.py")
+    gpt, meta = load_gpt(path, machine.device)
+    vqgan_path, clip_name = cfg.vqgan or meta["vqgan"], cfg.clip or meta["clip"]
+    vqgan, sha, vcfg = load_vqgan(vqgan_path, machine.device)
+    if sha != meta["vqgan_sha256"]:
+        fail(f"{path} was trained on tokens of another VQGAN than {vqgan_path}; name that one with --vqgan")
+    clip = Clip(clip_name, machine.device)
+    if clip.sha256 != meta["clip_sha256"]:
+        fail(f"{path} was trained on embeddings of another CLIP than {clip_name}; name that one with --clip")
+    machine.say(f"sample: {path}, {vqgan_path}, {clip_name} on {machine}")
+    return gpt, vqgan, clip
+
+
+def main():
+    cfg = configure(Config)
+    if bool(cfg.prompts) == bool(cfg.image):
+        fail('give either words, as in python sample.py "a red bus", or a picture, --image=FILE')
+    if Path(cfg.out).suffix.lower() != ".png":
+        fail(f"--out={cfg.out} must end in .png")
+    machine = Machine(cfg.device, cfg.dtype, training=False)
+    if cfg.image:
+        try:
+            picture = open_picture(cfg.image)
+        except (OSError, ValueError) as e:
+            fail(f"{cfg.image} is no picture that can be read ({e})")
+    gpt, vqgan, clip = load(cfg, machine)
+    options = {k: v if getattr(cfg, k) is None else getattr(cfg, k) for k, v in
+               (CLASSIC if gpt.cfg.classic else MODERN).items()}
+    if gpt.cfg.classic and options["cfg"] != 1:
+        fail(f"--cfg={options['cfg']} needs a network trained with dropped conditions, and a classic GPT is not; use --cfg=1")
+    n, count = options["n"], max(options["n"], options["candidates"])
+
+    pictures, labels, begun, seconds = [], [], time.time(), 0.0
+    for prompt in cfg.prompts or (cfg.image,):
+        if cfg.image:
+            with torch.no_grad():
+                embedding, key = clip.image(to_tensor(crop(picture, clip.size))[None].to(machine.device)), file_sha256(cfg.image)
+        else:
+            embedding, key = clip.text([prompt]), prompt
+            if clip.tokenize([prompt])[1]:
+                machine.say(f"warning: this CLIP reads {clip.context} tokens, the rest of '{prompt[:60]}' is cut off")
+        cond = gpt.condition(embedding, "image" if cfg.image else "text").expand(count, -1)
+        made, spent = draw(gpt, vqgan, cond, uniforms(cfg.seed, key, count, gpt.cfg.grid ** 2), options, machine, cfg.batch_size)
+        made, seconds = [to_image(x) for x in made], seconds + spent
+        if count > n:
+            scores = similarity(clip, made, embedding[0])
+            best = sorted(range(count), key=lambda i: -scores[i])[:n]
+            machine.say(f"{prompt}: best {n} of {count} by CLIP: " + ", ".join(f"{i} ({scores[i]:.3f})" for i in best))
+            made = [made[i] for i in best]
+        pictures += made
+        labels.append(prompt)
+    tokens = len(labels) * count * gpt.cfg.grid ** 2
+    machine.say(f"{len(labels) * count} pictures in {time.time() - begun:.1f} s; the GPT wrote {tokens / seconds:.0f} tokens/s")
+    for i, p in enumerate(pictures):
+        name = re.sub(r"\W+", "-", labels[i // n])[:60].strip("-")
+        with whole(Path(cfg.out).with_suffix("") / f"{i // n:02d}-{name}-{i % n}.png") as f:
+            p.save(f)
+    columns = n if len(labels) < 8 else n * 2 if n < 3 else n
+    save_grid(cfg.out, pictures, columns, labels if columns == n else [])
+    machine.say(f"wrote {cfg.out}, and each picture by itself to {Path(cfg.out).with_suffix('')}/")
+
+
+if __name__ == "__main__":
+    main()

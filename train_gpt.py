@@ -1,0 +1,204 @@
+"""Stage 3: learn to write tokens behind a CLIP embedding.
+
+The GPT sees [embedding] t0 t1 t2 ... and predicts each next token: next-word prediction, where the words are codes of a
+picture and the first "word" is what CLIP sees in that picture. Trained on pictures alone, it is handed the embedding of a
+text when sampling. So that it forgives the difference, the embedding is centred and gets noise; and in a tenth of the rows
+it is withheld, which is what classifier-free guidance needs."""
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import (Amount, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, fail, file_sha256,
+                    learning_rate, load_vqgan, save_grid, sha256, to_image)
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    data: str = "data/toy_tokens"       # a dump of prepare.py
+    out: str = "out/gpt"                # the run: gpt.pt, gpt.jsonl, grid.png
+    vqgan: str = ""                     # whose decoder draws grid.png; empty: the one that made the dump
+    seed: Whole = 0
+    # network
+    n_layer: Count = 4                  # blocks
+    n_head: Count = 6                   # attention heads
+    n_embd: Count = 192                 # width
+    classic: bool = False               # the 2022 recipe: LayerNorm, GELU, biases, learned positions, raw embedding
+    # condition
+    noise: Amount = 0.5                 # length s of the noise in c = norm(c + s e/|e|)
+    center: bool = True                 # subtract the mean embedding, of pictures or of texts
+    drop: Share = 0.1                   # of the rows lose their condition, for guidance
+    # training
+    max_steps: Count = 1000
+    batch_size: Count = 128             # rows a step, over all processes and accumulated parts
+    accumulate: Count = 1               # parts that a process's share of the batch is cut into
+    learning_rate: Amount = 3e-3        # peak, AdamW, warm-up then cosine
+    warmup: Whole = 50                  # steps of linear warm-up
+    weight_decay: Amount = 0.1          # on matrices only
+    grad_clip: Amount = 1.0             # largest gradient norm
+    ema: Share = 0.99                   # decay of the moving average of the weights, which is what sampling uses
+    eval_every: Count = 250             # steps between evaluations, each with a checkpoint and grid.png
+    eval_rows: Count = 1024             # validation rows, always the same
+    device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
+    dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
+    compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
+
+
+def open_dump(folder):
+    """A dump of prepare.py -> (meta, {"train": (tokens, embeddings), "val": ...}) as memory maps, after checking them."""
+    path = Path(folder, "meta.json")
+    if not path.is_file():
+        fail(f"there is no dump in {folder} (no meta.json); make one with prepare.py --out={folder}")
+    try:
+        meta = json.loads(path.read_text())
+        shapes = {f"{s}_{kind}.bin": (meta[f"{s}_rows"], meta[width], meta[f"{kind}_dtype"])
+                  for s in ("train", "val") for kind, width in (("tokens", "tokens"), ("clip", "clip_dim"))}
+        arrays = {}
+        for name, (rows, width, dtype) in shapes.items():
+            file = Path(folder, name)
+            if not file.is_file() or file.stat().st_size != rows * width * np.dtype(dtype).itemsize:
+                fail(f"{file} is missing or not {rows} rows long; prepare again into another folder")
+            if file_sha256(file) != meta["files"][name]:
+                fail(f"{file} is not the file prepare.py wrote (its hash differs); prepare again into another folder")
+            arrays[name] = np.memmap(file, dtype, "r", shape=(rows, width)) if rows else np.zeros((0, width), dtype)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        fail(f"{path} is damaged ({type(e).__name__}: {e}); prepare again into another folder")
+    return meta, {s: (arrays[f"{s}_tokens.bin"], arrays[f"{s}_clip.bin"]) for s in ("train", "val")}
+
+
+def make_batches(tokens, clip, cfg):
+    """A function from step to that step's global batch, a pure function of (seed, step): tokens (B, T), embeddings (B, D),
+    noise (B, D), drop (B,). Every epoch goes through all rows in a new order."""
+    orders = {}
+
+    def batch(step):
+        rows = np.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size)
+        index = np.empty(cfg.batch_size, np.int64)
+        for epoch in np.unique(rows // len(tokens)):
+            if epoch not in orders:
+                orders.clear()
+                orders[epoch] = np.random.default_rng((cfg.seed, 0, epoch)).permutation(len(tokens))
+            here = rows // len(tokens) == epoch
+            index[here] = orders[epoch][rows[here] % len(tokens)]
+        rng = np.random.default_rng((cfg.seed, 1, step))
+        noise = rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32)
+        noise *= cfg.noise / np.linalg.norm(noise, axis=1, keepdims=True)
+        drop = rng.random(cfg.batch_size) < cfg.drop
+        return (torch.from_numpy(tokens[index].astype(np.int64)), torch.from_numpy(clip[index].astype(np.float32)),
+                torch.from_numpy(noise), torch.from_numpy(drop))
+    return batch
+
+
+def main():
+    cfg = configure(Config)
+    machine = Machine(cfg.device, cfg.dtype)
+    meta, arrays = open_dump(cfg.data)
+    vqgan, vqgan_sha, vcfg = load_vqgan(cfg.vqgan or meta["vqgan"], machine.device)
+    check(cfg, meta, vqgan_sha, machine)
+    run = Run("gpt", cfg, machine, {"dump": file_sha256(Path(cfg.data, "meta.json"))})
+
+    torch.manual_seed(cfg.seed)
+    gcfg = GPTConfig(meta["codes"], meta["grid"], meta["clip_dim"], cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.classic)
+    model, ema = GPT(gcfg).to(machine.device), GPT(gcfg).to(machine.device).requires_grad_(False).eval()
+    if cfg.center and not cfg.classic:
+        model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
+    ema.load_state_dict(model.state_dict())
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+                                   {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}],
+                                  lr=0.0, betas=(0.9, 0.95), fused=machine.device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    if run.resume:
+        for part, state in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (scaler, "scaler")):
+            part.load_state_dict(run.resume[state])
+    batch = make_batches(*arrays["train"], cfg)
+    val_tokens, val_clip = (torch.from_numpy(np.array(a[:cfg.eval_rows]).astype(t)) for a, t in
+                            zip(arrays["val"] if meta["val_rows"] else arrays["train"], (np.int64, np.float32)))
+    know_nothing = math.log(meta["codes"])
+    machine.say(f"gpt: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {meta['train_rows']} rows of {meta['tokens']} "
+                f"tokens in {cfg.data}, {len(val_tokens)} to validate on; {cfg.max_steps} steps of {cfg.batch_size} on {machine}; "
+                f"writes {run.final}\nthe loss of a model that knows nothing is ln {meta['codes']} = {know_nothing:.3f}")
+
+    def put(x):
+        return x.to(machine.device, non_blocking=True)
+
+    part = cfg.batch_size // machine.world // cfg.accumulate
+    example = [put(x[:part]) for x in batch(0)]
+    loss_of = machine.compile(model.loss, cfg.compile, (model.condition(example[1]), example[0], example[3]))
+    bar, begun = Progress(cfg.max_steps, run.step), time.time()
+    for step in range(run.step, cfg.max_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg.learning_rate, cfg.warmup, cfg.max_steps)
+        rows = batch(step)
+        total = torch.zeros((), device=machine.device)
+        for i in range(cfg.accumulate):  # this process's rows of the global batch, part by part
+            first = (machine.rank * cfg.accumulate + i) * part
+            tokens, embedding, noise, drop = (put(x[first:first + part]) for x in rows)
+            cond = model.condition(embedding, noise=noise if cfg.noise else None)                  # (b, D)
+            with machine.autocast():
+                loss = loss_of(cond, tokens, None if cfg.classic else drop) / cfg.accumulate
+            scaler.scale(loss).backward()
+            total += loss.detach()
+        machine.average_gradients(params)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), params, 1 - min(cfg.ema, (step + 1) / (step + 10)))
+        loss = machine.sum(total).item() / machine.world
+        speed = (step + 1 - run.step) * cfg.batch_size * meta["tokens"] / (time.time() - begun)
+        run.log(step=step + 1, loss=loss, grad_norm=norm.item(), time=time.time() - begun)
+        bar(loss=loss, of=know_nothing, tokens_per_s=speed)
+
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps:
+            val_loss = evaluate(ema, val_tokens, val_clip, machine)
+            machine.say(f"step {step + 1}: validation loss {val_loss:.4f} (ln K {know_nothing:.3f})")
+            run.log(step=step + 1, val_loss=val_loss)
+            if machine.rank == 0:
+                grid(Path(cfg.out, "grid.png"), ema, vqgan, val_tokens[:8], val_clip[:8], machine)
+            run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict(), rng=torch.get_rng_state(), network=asdict(gcfg), sha256=sha256(ema.state_dict()),
+                     **{k: meta[k] for k in ("vqgan_sha256", "clip", "clip_sha256")}, vqgan=cfg.vqgan or meta["vqgan"])
+    run.finish()
+    machine.say(f"wrote {run.final} and {cfg.out}/grid.png; next: python sample.py \"a red bus\" --gpt={run.final}")
+
+
+@torch.no_grad()
+def evaluate(model, tokens, clip, machine, size=128):
+    """Mean loss of the rows, conditions without noise."""
+    losses = []
+    for t, c in zip(tokens.split(size), clip.split(size)):
+        with machine.autocast():
+            losses.append(model.loss(model.condition(c.to(machine.device)), t.to(machine.device)).item() * len(t))
+    return sum(losses) / len(tokens)
+
+
+def grid(path, model, vqgan, tokens, clip, machine):
+    """grid.png: pictures as the VQGAN keeps them, and under each what the GPT makes of its embedding."""
+    uniform = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)).to(machine.device)
+    with machine.autocast(), torch.no_grad():
+        made = model.generate(model.condition(clip.to(machine.device)), uniform)
+        both = torch.cat([tokens.to(machine.device), made]).view(-1, model.cfg.grid, model.cfg.grid)
+        save_grid(path, [to_image(x) for x in vqgan.decode(both)], len(tokens))
+
+
+def check(cfg, meta, vqgan_sha, machine):
+    """Refuse what does not fit together."""
+    if vqgan_sha != meta["vqgan_sha256"]:
+        fail(f"{cfg.data} was made with another VQGAN than {cfg.vqgan or meta['vqgan']} (the hashes differ); name that one with "
+             f"--vqgan, or prepare again")
+    if cfg.n_embd % cfg.n_head or (not cfg.classic and cfg.n_embd // cfg.n_head % 4):
+        fail(f"--n_embd={cfg.n_embd} must be --n_head={cfg.n_head} times a multiple of 4")
+    if cfg.batch_size % (machine.world * cfg.accumulate):
+        fail(f"--batch_size={cfg.batch_size} does not divide over {machine.world} processes x --accumulate={cfg.accumulate}")
+
+
+if __name__ == "__main__":
+    main()

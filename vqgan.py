@@ -1,0 +1,262 @@
+"""Stage 1: learn to write a picture as a few tokens and to read it back (VQGAN, Esser et al. 2021).
+
+An encoder shrinks the picture to a small grid of vectors, each vector is replaced by the nearest code of a learned
+codebook, a decoder paints the picture again. What is kept is what fits into the codes, so the losses decide what matters:
+pixels (L1 + L2), what CLIP's image encoder sees at several depths (perceptual), and late in training a discriminator
+that judges patches. Pictures alone are read, no captions."""
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import (Amount, Clip, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, crop, fail,
+                    held_out, learning_rate, list_pictures, open_picture, save_grid, sha256, to_image, to_tensor)
+from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
+
+
+@dataclass
+class Config:
+    data: str = "data/toy/train"        # a folder of pictures, at any depth
+    out: str = "out/vqgan"              # the run: vqgan.pt, vqgan.jsonl, recon.png
+    clip: str = "out/toy/clip.pt"       # whose image features the perceptual loss compares: ViT-B/32 and so on, or a file
+    seed: Whole = 0
+    # pictures
+    image_size: Count = 64              # pixels a side
+    val_percent: Amount = 2.0           # of the pictures that are never trained on, chosen by name
+    min_zoom: Share = 0.8               # random crops show between this share of the picture's short side and all of it
+    flip: bool = True                   # mirror half of the pictures
+    workers: Whole = 2                  # decoding processes
+    # network
+    patch: Count = 4                    # fold patch x patch pixels into channels first: 1 is taming's, 4 is 16x cheaper
+    ch: Count = 32                      # width of the first level, a multiple of 32
+    ch_mult: tuple = (1, 2, 4)          # widths of the levels, halving the grid between two
+    num_res_blocks: Count = 1           # residual blocks a level
+    attn_resolutions: tuple = (4,)      # grid sides that get attention
+    z_channels: Count = 128             # channels before the codebook's space
+    codes: Count = 1024                 # size of the codebook
+    code_dim: Count = 8                 # length of a code
+    l2_norm: bool = True                # compare unit-length codes
+    # losses
+    beta: Amount = 0.25                 # weight of the commitment loss
+    perceptual: Amount = 1.0            # weight of the distance between CLIP features
+    vq_start: Whole = 150               # steps without quantisation, after which k-means lays the codebook
+    disc_start: Whole = 1000000         # step at which the discriminator starts to count
+    disc_weight: Amount = 0.8           # its weight, times the adaptive weight
+    disc_cap: Amount = 10.0             # upper bound of the adaptive weight
+    # training
+    max_steps: Count = 700
+    batch_size: Count = 64              # pictures a step, over all processes
+    learning_rate: Amount = 2e-3        # peak, AdamW, warm-up then cosine
+    warmup: Whole = 50                  # steps of linear warm-up
+    ema: Share = 0.99                   # decay of the moving average of the weights, which is what later stages use
+    eval_every: Count = 350             # steps between evaluations, each with a checkpoint and recon.png
+    device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
+    dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
+    compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch number i is a pure function of (seed, i): which pictures, which crops, which are mirrored. Items are uint8
+    (B, S, S, 3) and the set of files that failed, each replaced by the next one that did not."""
+
+    def __init__(self, folder, names, cfg, rank=0, world=1):
+        self.folder, self.names, self.cfg, self.rank, self.world = folder, names, cfg, rank, world
+
+    def __len__(self):
+        return self.cfg.max_steps
+
+    def __getitem__(self, i):
+        rng, size = np.random.default_rng((self.cfg.seed, i)), self.cfg.image_size
+        index = rng.integers(len(self.names), size=self.cfg.batch_size)
+        how = rng.random((self.cfg.batch_size, 4))                                     # zoom, x, y, flip
+        part = self.cfg.batch_size // self.world
+        pictures, bad = [], set()
+        for j in range(self.rank * part, (self.rank + 1) * part):
+            for attempt in range(len(self.names)):
+                name = self.names[(index[j] + attempt) % len(self.names)]
+                try:
+                    picture = open_picture(Path(self.folder, name))
+                    break
+                except (OSError, ValueError) as e:
+                    bad.add(f"{name} ({e})")
+                    if len(bad) == min(100, len(self.names)):
+                        return None, bad
+            zoom, x, y, flip = how[j]
+            zoom = 1 / (1 - zoom * (1 - self.cfg.min_zoom))
+            pictures.append(crop(picture, size, zoom, x, y, self.cfg.flip and flip < 0.5))
+        return torch.from_numpy(np.stack(pictures)), bad
+
+
+def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
+    """A function from CLIP's input (B, 3, C, C) to a list of feature maps, channels last, each unit length along its
+    channels: the four stages of a ResNet, or a ViT's tokens after these shares of its depth (as LPIPS, Zhang et al. 2018,
+    does with VGG's)."""
+    resnet = hasattr(visual, "layer1")
+    if resnet:
+        layers = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+    else:
+        blocks = visual.transformer.resblocks
+        layers = [blocks[round(d * len(blocks)) - 1] for d in depths]
+    taken = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: taken.append(output))
+
+    def features(x):
+        taken.clear()
+        visual(x)
+        return [F.normalize((f.movedim(1, -1) if resnet else f).float(), dim=-1) for f in taken]
+    return features
+
+
+def make_model(cfg):
+    return VQGAN(VQGANConfig(**{f.name: getattr(cfg, f.name) for f in fields(VQGANConfig) if hasattr(cfg, f.name)}))
+
+
+def main():
+    cfg = configure(Config)
+    machine = Machine(cfg.device, cfg.dtype)
+    vcfg = make_check(cfg, machine)
+    names = list_pictures(cfg.data)
+    train = [n for n in names if not held_out(n, cfg.val_percent)] or fail(f"no picture of {cfg.data} is left to train on")
+    val = [n for n in names if held_out(n, cfg.val_percent)] or train
+    clip = Clip(cfg.clip, machine.device)
+    run = Run("vqgan", cfg, machine, {"clip": clip.sha256})
+
+    torch.manual_seed(cfg.seed)
+    model = make_model(cfg).to(machine.device, memory_format=torch.channels_last)
+    disc = Discriminator().to(machine.device, memory_format=torch.channels_last)
+    ema = make_model(cfg).to(machine.device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    ema.load_state_dict(model.state_dict())
+    opts = [torch.optim.AdamW(m.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True) for m in (model, disc)]
+    scalers = [torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16) for _ in opts]
+    generator = torch.Generator().manual_seed(cfg.seed)
+    if run.resume:
+        for part, state in ((model, "model"), (ema, "ema"), (disc, "disc"), (opts[0], "opt"), (opts[1], "disc_opt"),
+                            (scalers[0], "scaler"), (scalers[1], "disc_scaler")):
+            part.load_state_dict(run.resume[state])
+        model.quantize.usage.copy_(run.resume["usage"])
+        generator.set_state(run.resume["rng"])
+    features = perceptual_features(clip.model.visual)
+    side = cfg.image_size // vcfg.factor
+    machine.say(f"vqgan: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {cfg.image_size} px -> {side} x {side} "
+                f"tokens of {cfg.codes} codes; {len(train)} pictures of {cfg.data} to train on, {len(val)} held out; "
+                f"{cfg.max_steps} steps of {cfg.batch_size} on {machine}; writes {run.final}")
+
+    def clip_input(x):
+        return clip.normalize(F.interpolate((x + 1) / 2, size=(clip.size,) * 2, mode="bicubic", antialias=True))
+
+    def losses(model, x, quantized):
+        """Reconstruction of x, its loss without the discriminator, and the parts of that."""
+        recon, vq_loss, tokens, z = model(x, cfg.beta, quantized)
+        recon = recon.float()
+        pixel = F.l1_loss(recon, x) + F.mse_loss(recon, x)
+        percept = torch.zeros((), device=x.device)
+        if cfg.perceptual:
+            with torch.no_grad():
+                real = features(clip_input(x))
+            percept = sum((a - b).square().sum(-1).mean() for a, b in zip(real, features(clip_input(recon)))) / len(real)
+        return recon, pixel + cfg.perceptual * percept + vq_loss, {"pixel": pixel, "perceptual": percept, "vq": vq_loss}, tokens, z
+
+    def to_device(batch):
+        if batch is None:
+            fail(f"too many pictures of {cfg.data} can't be read")
+        return (to_tensor(batch.numpy()).to(machine.device, memory_format=torch.channels_last) * 2 - 1)    # (B, 3, S, S)
+
+    batches = Batches(cfg.data, train, cfg, machine.rank, machine.world)
+    fixed = np.stack([crop(open_picture(Path(cfg.data, n)), cfg.image_size) for n in val[:256]])           # evaluation's
+    bar, bad = Progress(cfg.max_steps, run.step), set()
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(run.step, cfg.max_steps),
+                                         num_workers=cfg.workers)
+    for step, (batch, failed) in zip(range(run.step, cfg.max_steps), loader):
+        x = to_device(batch)
+        for name in failed - bad:
+            print(f"skipped {name}", flush=True)
+        bad |= failed
+        quantized, adversarial = step >= cfg.vq_start, step >= cfg.disc_start
+        if step == cfg.vq_start and cfg.vq_start > 0:
+            with torch.no_grad(), machine.autocast():  # encoder outputs of the next batches, on every rank the same
+                some = Batches(cfg.data, train, cfg)
+                z = torch.cat([model(to_device(some[(step + i) % cfg.max_steps][0]), quantized=False)[3] for i in range(16)])
+            model.quantize.kmeans(z, generator)
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = learning_rate(step, cfg.learning_rate, cfg.warmup, cfg.max_steps)
+
+        with machine.autocast():
+            recon, loss, parts, tokens, z = losses(model, x, quantized)
+            if adversarial:
+                gan = -disc(recon).mean()
+                # the adaptive weight: both losses pull equally at the decoder's last layer (Esser et al., eq. 7), capped
+                last = model.decoder.conv_out.weight
+                pull, push = (torch.autograd.grad(l, last, retain_graph=True)[0].norm() for l in (loss, gan))
+                loss = loss + cfg.disc_weight * (pull / (push + 1e-6)).clamp(max=cfg.disc_cap).detach() * gan
+                parts["gan"] = gan
+        opts[0].zero_grad()
+        scalers[0].scale(loss).backward()
+        machine.average_gradients(model.parameters())
+        scalers[0].step(opts[0])
+        scalers[0].update()
+        if adversarial:
+            with machine.autocast():
+                parts["disc"] = disc_loss = hinge_loss(disc(x), disc(recon.detach()))
+            opts[1].zero_grad()
+            scalers[1].scale(disc_loss).backward()
+            machine.average_gradients(disc.parameters())
+            scalers[1].step(opts[1])
+            scalers[1].update()
+
+        facts = {}
+        if quantized:
+            counts = machine.sum(torch.bincount(tokens.flatten(), minlength=cfg.codes))
+            p = counts / counts.sum()
+            facts = {"perplexity": torch.exp(-(p * p.clamp(min=1e-9).log()).sum()).item(),
+                     "used": (counts > 0).float().mean().item(),
+                     "restarted": model.quantize.restart(counts, machine.gather(z), generator)}
+        with torch.no_grad():
+            decay = min(cfg.ema, (step + 1) / (step + 10))
+            if step == cfg.vq_start:
+                ema.quantize.load_state_dict(model.quantize.state_dict())
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        facts = {k: v.item() for k, v in parts.items()} | facts
+        run.log(step=step + 1, loss=loss.item(), **facts)
+        bar(loss=loss.item(), **facts)
+
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps:
+            total, shown, used = 0.0, [], set()
+            with torch.no_grad(), machine.autocast():
+                for part in np.array_split(fixed, -(-len(fixed) // 64)):
+                    x = to_device(torch.from_numpy(part))
+                    recon, loss, _, tokens, _ = losses(ema, x, quantized)
+                    total += loss.item() * len(part) / len(fixed)
+                    used |= set() if tokens is None else set(tokens.flatten().tolist())
+                    shown = shown or [to_image(p) for p in (*x[:12], *recon[:12])]
+            machine.say(f"step {step + 1}: validation loss {total:.4f}, {len(used)} of {cfg.codes} codes seen in "
+                        f"{len(fixed)} pictures")
+            run.log(step=step + 1, val_loss=total, val_codes=len(used))
+            if machine.rank == 0:
+                save_grid(Path(cfg.out, "recon.png"), shown, len(shown) // 2)
+            run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), disc=disc.state_dict(),
+                     opt=opts[0].state_dict(), disc_opt=opts[1].state_dict(), scaler=scalers[0].state_dict(),
+                     disc_scaler=scalers[1].state_dict(), usage=model.quantize.usage, rng=generator.get_state(),
+                     network=asdict(vcfg), sha256=sha256(ema.state_dict()))
+    run.finish()
+    machine.say(f"wrote {run.final} and {cfg.out}/recon.png; next: python prepare.py --vqgan={run.final} --data={cfg.data}")
+
+
+def make_check(cfg, machine):
+    """The network's shape, after refusing what does not fit."""
+    vcfg = VQGANConfig(**{f.name: getattr(cfg, f.name) for f in fields(VQGANConfig) if hasattr(cfg, f.name)})
+    if cfg.image_size % vcfg.factor:
+        fail(f"--image_size={cfg.image_size} does not divide by {vcfg.factor}, the factor of --patch and --ch_mult")
+    if cfg.ch % 32:
+        fail(f"--ch={cfg.ch} is no multiple of 32")
+    if cfg.batch_size % machine.world:
+        fail(f"--batch_size={cfg.batch_size} does not divide over {machine.world} processes")
+    return vcfg
+
+
+if __name__ == "__main__":
+    main()
