@@ -62,6 +62,15 @@ class ResnetBlock(nn.Module):
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
+def attend(q, k, v, is_causal=False):
+    """Attention on (B, H, t, hd). On a CPU in float32 whatever the autocast: torch's bfloat16 backward kernel is 3-10x
+    slower at the lengths met here."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
+
+
 class AttnBlock(nn.Module):
     """Single-head attention over the h x w positions of a feature map."""
 
@@ -74,7 +83,7 @@ class AttnBlock(nn.Module):
         b, c, h, w = x.shape
         n = self.norm(x)
         q, k, v = (conv(n).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, hw, c)
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0]                                             # (B, hw, c)
+        y = attend(q, k, v)[:, 0]                                                                     # (B, hw, c)
         return x + self.proj_out(y.transpose(1, 2).reshape(b, c, h, w))
 
 
@@ -361,7 +370,7 @@ class Block(nn.Module):
         if cache is not None:  # t is 1: write this position, look at all up to it
             cache[0][:, :, pos], cache[1][:, :, pos] = k[:, :, 0], v[:, :, 0]
             k, v = cache[0][:, :, :pos + 1], cache[1][:, :, :pos + 1]                           # (B, H, pos+1, hd)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)                    # (B, H, t, hd)
+        y = attend(q, k, v, is_causal=cache is None)                                            # (B, H, t, hd)
         x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
         h = self.fc(self.ln_2(x))
         return x + self.fc_out(F.gelu(h) if self.classic else F.relu(h).square())
@@ -478,7 +487,8 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     logits, codes = logits.topk(k, -1)                                                          # (B, k), falling
     p = F.softmax(logits / temperature, -1)
     mass = p.cumsum(-1)
-    p = torch.where(mass - p < top_p, p, 0.0)  # keeps the code that crosses top_p, and always the first
+    above = mass - p                                                                            # 0 for the first
+    p = torch.where((above < top_p) | (above <= 0), p, 0.0)  # keeps the code that crosses top_p, and always the first
     mass = p.cumsum(-1)
     i = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=k - 1)              # (B, 1)
     return codes.gather(-1, i)[:, 0]

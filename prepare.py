@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (HOW, Amount, Clip, Count, Device, Dtype, Machine, Progress, Share, Whole, configure, crop, fail, file_sha256, held_out,
-                    list_pictures, load_checkpoint, load_vqgan, open_picture, show, to_tensor, whole, write_json)
+from common import (HOW, Amount, Count, Device, Dtype, Machine, Progress, Share, Whole, configure, crop, fail, file_sha256, held_out,
+                    list_pictures, load_clip, load_vqgan, open_picture, show, to_tensor, whole, write_json)
 
 
 @dataclass
 class Config:
     data: str = "data/toy/train"        # a folder of pictures, at any depth
     out: str = "data/toy_tokens"        # the dump: a folder of its own
-    vqgan: str = "out/vqgan/vqgan.pt"   # checkpoint of vqgan.py
+    vqgan: str = "out/toy/vqgan.pt"     # checkpoint of vqgan.py
     clip: str = "out/toy/clip.pt"       # ViT-B/32 and so on, or a file
     seed: Whole = 0                     # of the crops
     crops: Count = 2                    # rows of each training picture; the first is the plain centre crop
@@ -81,7 +81,7 @@ def main():
     machine = Machine(cfg.device, cfg.dtype, training=False)
     names = list_pictures(cfg.data)
     vqgan, vqgan_sha, vcfg = load_vqgan(cfg.vqgan, machine.device)
-    clip = Clip(cfg.clip, machine.device)
+    clip = load_clip(cfg.clip, machine.device)
     out, parts = Path(cfg.out), Path(cfg.out, "parts")
     made = {"config": asdict(cfg), "vqgan": str(cfg.vqgan), "vqgan_sha256": vqgan_sha, "clip": clip.name,
             "clip_sha256": clip.sha256, "sources": len(names)}

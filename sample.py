@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (AutoAmount, AutoCount, AutoShare, AutoWhole, Clip, Count, Device, Dtype, Machine, Whole, configure, crop, fail,
-                    file_sha256, load_gpt, load_vqgan, open_picture, save_grid, to_image, to_tensor, whole)
+from common import (AutoAmount, AutoCount, AutoShare, AutoWhole, Count, Device, Dtype, Machine, Whole, configure, crop, fail,
+                    file_sha256, load_clip, load_gpt, load_vqgan, open_picture, save_grid, to_image, to_tensor, whole)
 
 
 @dataclass
@@ -78,7 +78,7 @@ def load(cfg, machine):
     vqgan, sha, vcfg = load_vqgan(vqgan_path, machine.device)
     if sha != meta["vqgan_sha256"]:
         fail(f"{path} was trained on tokens of another VQGAN than {vqgan_path}; name that one with --vqgan")
-    clip = Clip(clip_name, machine.device)
+    clip = load_clip(clip_name, machine.device)
     if clip.sha256 != meta["clip_sha256"]:
         fail(f"{path} was trained on embeddings of another CLIP than {clip_name}; name that one with --clip")
     machine.say(f"sample: {path}, {vqgan_path}, {clip_name} on {machine}")
@@ -129,8 +129,8 @@ def main():
         name = re.sub(r"\W+", "-", labels[i // n])[:60].strip("-")
         with whole(Path(cfg.out).with_suffix("") / f"{i // n:02d}-{name}-{i % n}.png") as f:
             p.save(f)
-    columns = n if len(labels) < 8 else n * 2 if n < 3 else n
-    save_grid(cfg.out, pictures, columns, labels if columns == n else [])
+    across = max(1, min(round(len(labels) ** 0.5), 1100 // (n * (pictures[0].width + 4))))  # prompts side by side
+    save_grid(cfg.out, pictures, n * across, labels, n)
     machine.say(f"wrote {cfg.out}, and each picture by itself to {Path(cfg.out).with_suffix('')}/")
 
 

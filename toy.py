@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from common import (Amount, Clip, Compile, Count, Device, Dtype, Machine, Progress, Run, Whole, clip_package, configure, fail,
-                    learning_rate, open_picture, save_grid, to_tensor, whole, write_json)
+from common import (Amount, Clip, Count, Device, Dtype, Machine, Progress, Run, Whole, clip_package, configure, fail,
+                    learning_rate, load_clip, open_picture, save_grid, to_tensor, whole, write_json)
 
 
 @dataclass
@@ -203,8 +203,7 @@ def main():
         model.load_state_dict(run.resume["model"])
         optimizer.load_state_dict(run.resume["optimizer"])
     pictures, rows = read_world(cfg.data, "train")
-    clip = Clip.__new__(Clip)  # the same reader of text and pixels, around the network in training
-    clip.wrap(model, "toy", machine.device)
+    clip = Clip(model, "toy", machine.device)
     captions, index = np.unique([r["caption"] for r in rows], return_inverse=True)
     texts = clip.tokenize(captions.tolist())[0]                                                   # (captions, context)
     machine.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(captions)} different captions")
@@ -234,7 +233,7 @@ def main():
 
     with whole(f"{cfg.out}/clip.pt") as f:
         torch.save(model.state_dict(), f)
-    clip = Clip(f"{cfg.out}/clip.pt", machine.device)
+    clip = load_clip(f"{cfg.out}/clip.pt", machine.device)
     heldout, rows = read_world(cfg.data, "heldout")
     accuracy = zero_shot(clip, heldout, rows)
     save_grid(f"{cfg.out}/world.png", [Image.fromarray(p) for p in heldout[:96]], 12)

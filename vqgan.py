@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (Amount, Clip, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, crop, fail,
-                    held_out, learning_rate, list_pictures, open_picture, save_grid, sha256, to_image, to_tensor)
+from common import (Amount, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, crop, fail,
+                    held_out, learning_rate, list_pictures, load_clip, open_picture, save_grid, sha256, to_image, to_tensor)
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
 
 
@@ -111,24 +111,20 @@ def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
     return features
 
 
-def make_model(cfg):
-    return VQGAN(VQGANConfig(**{f.name: getattr(cfg, f.name) for f in fields(VQGANConfig) if hasattr(cfg, f.name)}))
-
-
 def main():
     cfg = configure(Config)
     machine = Machine(cfg.device, cfg.dtype)
-    vcfg = make_check(cfg, machine)
+    vcfg = check(cfg, machine)
     names = list_pictures(cfg.data)
     train = [n for n in names if not held_out(n, cfg.val_percent)] or fail(f"no picture of {cfg.data} is left to train on")
     val = [n for n in names if held_out(n, cfg.val_percent)] or train
-    clip = Clip(cfg.clip, machine.device)
+    clip = load_clip(cfg.clip, machine.device)
     run = Run("vqgan", cfg, machine, {"clip": clip.sha256})
 
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg).to(machine.device, memory_format=torch.channels_last)
+    model = VQGAN(vcfg).to(machine.device, memory_format=torch.channels_last)
     disc = Discriminator().to(machine.device, memory_format=torch.channels_last)
-    ema = make_model(cfg).to(machine.device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    ema = VQGAN(vcfg).to(machine.device, memory_format=torch.channels_last).requires_grad_(False).eval()
     ema.load_state_dict(model.state_dict())
     opts = [torch.optim.AdamW(m.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True) for m in (model, disc)]
     scalers = [torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16) for _ in opts]
@@ -246,7 +242,7 @@ def main():
     machine.say(f"wrote {run.final} and {cfg.out}/recon.png; next: python prepare.py --vqgan={run.final} --data={cfg.data}")
 
 
-def make_check(cfg, machine):
+def check(cfg, machine):
     """The network's shape, after refusing what does not fit."""
     vcfg = VQGANConfig(**{f.name: getattr(cfg, f.name) for f in fields(VQGANConfig) if hasattr(cfg, f.name)})
     if cfg.image_size % vcfg.factor:

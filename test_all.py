@@ -1,0 +1,668 @@
+"""What the code promises, checked. `make test`, or: python -m pytest -q test_all.py
+
+Networks first, each equality after every zero-initialised tensor has been filled with noise, so that nothing passes
+because it is nought; then files and the config line; then every stage through its real command line, on a world of a few
+dozen drawings; then every mistake a user can make."""
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import prepare
+import sample
+import train_gpt
+import vqgan
+from model import GPT, VQGAN, Discriminator, GPTConfig, Quantizer, VQGANConfig, hinge_loss, pick
+
+HERE = Path(__file__).parent
+PHOTOS = HERE.parent / "shared/data/photos"
+CLASSIC = [False, True]
+
+
+def fill_zeros(model, seed=1):
+    """Noise into every tensor that is all zero, so that no equality holds by accident."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for x in model.state_dict().values():
+            if x.is_floating_point() and not x.any():
+                x.copy_(torch.randn(x.shape, generator=generator) * 0.1)
+    return model
+
+
+def tiny_gpt(classic=False, fill=True, **changes):
+    torch.manual_seed(0)
+    cfg = GPTConfig(**{"codes": 48, "grid": 4, "cond_dim": 24, "n_layer": 3, "n_head": 4, "n_embd": 64, "classic": classic} | changes)
+    model = GPT(cfg).eval()
+    return fill_zeros(model) if fill else model
+
+
+def tiny_vqgan(**changes):
+    torch.manual_seed(0)
+    return VQGAN(VQGANConfig(**{"image_size": 16, "patch": 2, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 32,
+                                "attn_resolutions": (4,), "codes": 32, "code_dim": 8, "l2_norm": True} | changes))
+
+
+def some(*shape, seed=2):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens_for(model, b, seed=3):
+    return torch.randint(model.cfg.codes, (b, model.cfg.grid ** 2), generator=torch.Generator().manual_seed(seed))
+
+
+# --------------------------------------------------------------------------------------------------------- GPT
+
+
+def test_first_loss_is_ln_k():
+    model = tiny_gpt(fill=False)
+    loss = model.loss(model.condition(some(5, 24)), tokens_for(model, 5), drop=torch.tensor([True, False, False, True, False]))
+    assert loss.item() == pytest.approx(math.log(48), abs=1e-5)
+
+
+@pytest.mark.parametrize("classic", CLASSIC)
+def test_a_later_token_never_changes_an_earlier_logit(classic):
+    model, cond = tiny_gpt(classic), some(2, 24)
+    tokens = tokens_for(model, 2)[:, :-1]
+    before = model(cond, tokens)
+    for i in range(tokens.shape[1]):
+        changed = tokens.clone()
+        changed[:, i] = (changed[:, i] + 7) % 48
+        after = model(cond, changed)
+        assert torch.equal(before[:, :i + 1], after[:, :i + 1])
+        assert not torch.allclose(before[:, i + 1], after[:, i + 1], atol=1e-4)  # and it does change the next
+
+
+@pytest.mark.parametrize("classic, guidance", [(False, 1.0), (False, 2.0), (False, 5.0), (True, 1.0)])
+def test_cached_logits_equal_uncached(classic, guidance):
+    model = tiny_gpt(classic)
+    cond, tokens, seen = model.condition(some(3, 24)), tokens_for(model, 3), []
+
+    def forced(i, logits):
+        seen.append(logits)
+        return tokens[:, i]
+    assert torch.equal(model.decode_logits(cond, forced, guidance), tokens)
+    cached = torch.stack(seen, 1)                                                    # (B, T, K)
+    with torch.no_grad():
+        plain = model(cond, tokens[:, :-1])
+        if guidance != 1:
+            null = model(cond, tokens[:, :-1], drop=torch.ones(3, dtype=torch.bool))
+            plain = null + guidance * (plain - null)
+    assert (cached - plain).abs().max() <= 1e-5 * plain.abs().max() * max(1, 2 * guidance)
+    assert plain.std() > 0.05
+
+
+def test_guidance_one_is_plain_conditional_sampling():
+    model = tiny_gpt()
+    cond, uniform = model.condition(some(4, 24)), torch.rand(4, 16, generator=torch.Generator().manual_seed(5))
+    made = model.generate(cond, uniform, guidance=1.0, temperature=0.9, top_k=20, top_p=0.9)
+    tokens = torch.empty(4, 0, dtype=torch.long)
+    for i in range(16):  # no cache, no second row
+        logits = model(cond, tokens)[:, -1]
+        tokens = torch.cat([tokens, pick(logits, uniform[:, i], 0.9, 20, 0.9)[:, None]], 1)
+    assert torch.equal(made, tokens)
+    stronger = model.generate(cond, uniform, guidance=4.0, temperature=0.9, top_k=20, top_p=0.9)
+    assert not torch.equal(made, stronger)
+
+
+def test_a_picture_does_not_depend_on_its_neighbours():
+    model = tiny_gpt()
+    cond, uniform = model.condition(some(1, 24)).expand(6, -1), sample.uniforms(0, "a red bus", 6, 16)
+    many = model.generate(cond, uniform, guidance=2.0)
+    for i in range(6):
+        assert torch.equal(model.generate(cond[:1], sample.uniforms(0, "a red bus", i + 1, 16)[i:], guidance=2.0)[0], many[i])
+    assert len({tuple(row.tolist()) for row in many}) == 6
+    assert not torch.equal(uniform, sample.uniforms(1, "a red bus", 6, 16))
+    assert not torch.equal(uniform, sample.uniforms(0, "a red car", 6, 16))
+
+
+def test_classic_refuses_guidance_and_takes_the_raw_embedding():
+    model = tiny_gpt(classic=True)
+    model.means.fill_(0.3)
+    c = some(2, 24)
+    assert torch.allclose(model.condition(c), F.normalize(c, dim=-1))
+    with pytest.raises(AssertionError):
+        model.generate(c, torch.zeros(2, 16), guidance=2.0)
+
+
+def test_dropped_rows_reach_the_null_embedding_only():
+    model = tiny_gpt()
+    cond = model.condition(some(4, 24)).requires_grad_()
+    drop = torch.tensor([True, False, True, False])
+    model.loss(cond, tokens_for(model, 4), drop).backward()
+    assert model.null.grad.abs().sum() > 0
+    assert torch.all(cond.grad[drop] == 0) and torch.all(cond.grad[~drop].abs().sum(1) > 0)
+
+
+def test_condition_centres_and_adds_noise_of_the_length_asked_for():
+    model, c = tiny_gpt(), F.normalize(some(3, 24), dim=-1)
+    model.means.copy_(F.normalize(some(2, 24, seed=9), dim=-1) * 0.5)
+    for row, modality in enumerate(("image", "text")):
+        assert torch.allclose(model.condition(7 * c, modality), F.normalize(c - model.means[row], dim=-1), atol=1e-6)
+    clean, noise = model.condition(c), 0.5 * F.normalize(some(3, 24, seed=4), dim=-1)
+    assert torch.allclose(model.condition(c, noise=noise), F.normalize(clean + noise, dim=-1), atol=1e-6)
+
+
+def test_pick_follows_the_probabilities_it_keeps():
+    logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]])
+    u = (torch.arange(10000) + 0.5) / 10000
+
+    def shares(**how):
+        return torch.bincount(pick(logits.expand(10000, -1), u, **how), minlength=4) / 10000
+    assert torch.allclose(shares(), logits.softmax(-1)[0], atol=2e-4)
+    assert torch.allclose(shares(temperature=0.5), (logits * 2).softmax(-1)[0], atol=2e-4)
+    assert torch.allclose(shares(top_k=2), F.softmax(torch.tensor([-1e9, 3.0, 2.0, -1e9]), -1), atol=2e-4)
+    assert torch.allclose(shares(top_p=0.7), F.softmax(torch.tensor([-1e9, 3.0, 2.0, -1e9]), -1), atol=2e-4)  # .65 < .7
+    assert shares(top_p=0.5)[1] == 1 and shares(top_k=1)[1] == 1 and shares(temperature=0)[1] == 1
+    assert shares(top_p=0.0)[1] == 1  # the likeliest always stays
+
+
+# -------------------------------------------------------------------------------------------------------- VQGAN
+
+
+def test_quantiser_loss_and_gradients_by_hand():
+    q = Quantizer(3, 2, l2_norm=False)
+    q.embedding.weight.data = torch.tensor([[0.0, 0.0], [1.0, 1.0], [3.0, -1.0]])
+    z = torch.tensor([[0.9, 1.3], [2.0, -1.0]]).T.reshape(1, 2, 1, 2).requires_grad_()      # two vectors: codes 1 and 2
+    out, loss, tokens = q(z, beta=0.25)
+    assert tokens.flatten().tolist() == [1, 2]
+    assert torch.allclose(out.detach()[0, :, 0].T, q.embedding.weight.data[[1, 2]])
+    # squared distances .1^2 + .3^2 and 1^2, a mean over four numbers, once for the codes and beta times for the encoder
+    assert loss.item() == pytest.approx(1.25 * (0.01 + 0.09 + 1.0) / 4)
+    weight = torch.tensor([[2.0, 5.0], [-1.0, 3.0]]).T.reshape(1, 2, 1, 2)
+    ((out * weight).sum() + loss).backward()
+    dz = torch.tensor([[-0.1, 0.3], [-1.0, 0.0]]).T.reshape(1, 2, 1, 2)                       # z - e
+    assert torch.allclose(z.grad, weight + 0.25 * 2 * dz / 4, atol=1e-6)                      # straight through, plus beta's
+    assert torch.allclose(q.embedding.weight.grad, torch.tensor([[0, 0], [0.1, -0.3], [1.0, 0]]) * 2 / 4, atol=1e-6)
+
+
+@pytest.mark.parametrize("l2_norm", [False, True])
+def test_nearest_codes_equal_brute_force_in_float64(l2_norm):
+    q = Quantizer(200, 8, l2_norm)
+    q.embedding.weight.data = some(200, 8, seed=6)
+    z = some(3000, 8, seed=7)
+    found = q.nearest(q.unit(z))
+    d = torch.cdist(q.unit(z).double(), q.unit(q.embedding.weight).detach().double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(found, d.argmin(1))
+    assert len(found.unique()) > 100
+
+
+def test_encode_decode_agree_with_forward_and_flow_gradients():
+    model = fill_zeros(tiny_vqgan()).eval()
+    model.quantize.embedding.weight.data.normal_()
+    x = some(2, 3, 16, 16)
+    recon, loss, tokens, z = model(x)
+    assert torch.equal(model.encode(x), tokens) and tokens.shape == (2, 4, 4) and z.shape == (32, 8)
+    assert torch.allclose(model.decode(tokens), recon, atol=1e-5)
+    (recon.square().mean() + loss).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if not n.endswith("k.bias"))
+    for changes in ({"patch": 1}, {"patch": 4, "image_size": 32}, {"l2_norm": False}):
+        other = tiny_vqgan(**changes)
+        x = some(1, 3, other.cfg.image_size, other.cfg.image_size)
+        assert other(x)[0].shape == x.shape and other(x, quantized=False)[2] is None
+
+
+def test_kmeans_finds_clusters_and_dead_codes_restart():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[5.0, 0], [0, 5.0], [-5.0, 0], [0, -5.0]])
+    z = (centres[:, None] + 0.01 * some(4, 50, 2)).flatten(0, 1)
+    q = Quantizer(16, 2, l2_norm=False)
+    q.kmeans(z, generator)
+    assert (z - q.lookup(q.nearest(z).view(1, 1, -1))[0, :, 0].T).norm(dim=1).max() < 0.1
+    q.embedding.weight.data[3] = 1e6
+    for _ in range(400):
+        counts = torch.ones(16)
+        counts[3] = 0
+        moved = q.restart(counts, z, generator)
+        if moved:
+            break
+    assert moved == 1 and q.embedding.weight[3].abs().max() < 6 and q.usage[3] == 1
+
+
+def test_discriminator_and_hinge():
+    assert Discriminator()(some(2, 3, 64, 64)).shape[:2] == (2, 1)
+    assert hinge_loss(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])).item() == pytest.approx(0.5 * (0.5 + 1.0))
+
+
+# --------------------------------------------------------------------------------------- files, config line, machine
+
+
+@dataclass
+class Options:
+    prompts: tuple = ()
+    size: common.Count = 4                    # how many
+    rate: common.Amount = 0.5                 # how fast
+    part: common.Share = 0.1
+    flip: bool = True                         # mirror
+    widths: tuple = (1, 2)
+    name: str = "x"
+    best: common.AutoCount = None             # or auto
+    dtype: common.Dtype = "auto"
+
+
+def test_config_line_types():
+    assert common.configure(Options, []) == Options()
+    cfg = common.configure(Options, ["a bus", "--size=7", "--rate=1e-3", "--flip=false", "--widths=3,4,5", "--name=a=b", "--best=3",
+                                     "--dtype=float32"])
+    assert cfg == Options(("a bus",), 7, 1e-3, 0.1, False, (3, 4, 5), "a=b", 3, "float32")
+    assert common.configure(Options, ["--best=auto"]).best is None
+
+
+@pytest.mark.parametrize("arg, says", [
+    ("--sise=3", "--size"), ("--size=0", "whole number"), ("--size=two", "whole number"), ("--size=2.5", "whole number"),
+    ("--rate=-1", "number"), ("--rate=nan", "number"), ("--rate=inf", "number"), ("--part=1.5", "from 0 to 1"),
+    ("--flip=maybe", "True, False"), ("--widths=1,x", "whole number"), ("--dtype=int8", "bfloat16"), ("--size", "--size=4")])
+def test_config_line_refuses(arg, says, capsys):
+    with pytest.raises(SystemExit) as e:
+        common.configure(Options, [arg])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and says in err and err.count("\n") == 1
+
+
+def test_help_names_every_option_with_default_and_comment(capsys):
+    with pytest.raises(SystemExit) as e:
+        common.configure(Options, ["--help"])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and all(f"--{f}=" in out for f in Options.__dataclass_fields__)
+    assert "--size=4" in out and "how many" in out and "--best=auto" in out
+
+
+def test_learning_rate_curve():
+    lr = [common.learning_rate(s, 1.0, 10, 100) for s in range(101)]
+    assert lr[0] == 0.1 and lr[9] == lr[10] == 1.0 and lr[55] == pytest.approx(0.5) and lr[100] == pytest.approx(0)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    common.write_json(path, 1)
+    with pytest.raises(ZeroDivisionError):
+        with common.whole(path) as f:
+            f.write_text("half")
+            1 / 0
+    assert path.read_text() == "1\n" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def write_dump(folder, rows=50, t=16, d=24, codes=48, seed=0):
+    rng = np.random.default_rng(seed)
+    files = {}
+    for split, n in (("train", rows), ("val", 8)):
+        for kind, x in (("tokens", rng.integers(codes, size=(n, t)).astype(np.uint16)),
+                        ("clip", rng.standard_normal((n, d)).astype(np.float16))):
+            folder.mkdir(exist_ok=True)
+            x.tofile(folder / f"{split}_{kind}.bin")
+            files[f"{split}_{kind}.bin"] = common.file_sha256(folder / f"{split}_{kind}.bin"), x
+    (folder / "meta.json").write_text(json.dumps({
+        "train_rows": rows, "val_rows": 8, "tokens": t, "grid": 4, "codes": codes, "clip_dim": d, "tokens_dtype": "uint16",
+        "clip_dtype": "float16", "files": {k: v[0] for k, v in files.items()}}))
+    return {k: v[1] for k, v in files.items()}
+
+
+def test_dump_round_trip_and_batches_are_functions_of_seed_and_step(tmp_path):
+    files = write_dump(tmp_path / "d")
+    meta, arrays = train_gpt.open_dump(tmp_path / "d")
+    for split in ("train", "val"):
+        assert np.array_equal(arrays[split][0], files[f"{split}_tokens.bin"])
+        assert np.array_equal(arrays[split][1], files[f"{split}_clip.bin"])
+    cfg = train_gpt.Config(batch_size=16)
+    one, two = (train_gpt.make_batches(*arrays["train"], cfg) for _ in range(2))
+    first = [one(i) for i in range(12)]
+    for i in (11, 4, 7):  # a reader that starts anywhere sees the same batch
+        assert all(torch.equal(a, b) for a, b in zip(first[i], two(i)))
+    seen = torch.cat([b[0] for b in first])[:150].view(3, 50, 16)
+    for epoch in seen:  # every row once an epoch
+        assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, files["train_tokens.bin"].tolist()))
+    assert not torch.equal(seen[0], seen[1])
+    other = train_gpt.make_batches(*arrays["train"], train_gpt.Config(batch_size=16, seed=1))(0)
+    assert not torch.equal(other[0], first[0][0]) and not torch.equal(other[2], first[0][2])
+    assert torch.allclose(first[0][2].norm(dim=1), torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("what", ["truncated", "edited", "meta"])
+def test_a_damaged_dump_is_refused(tmp_path, what, capsys):
+    write_dump(tmp_path)
+    path = tmp_path / ("meta.json" if what == "meta" else "train_tokens.bin")
+    data = bytearray(path.read_bytes())
+    if what == "edited":
+        data[100] ^= 1
+    path.write_bytes(data if what == "edited" else data[:-40])
+    with pytest.raises(SystemExit) as e:
+        train_gpt.open_dump(tmp_path)
+    assert e.value.code == 2 and path.name in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- CLIP and pictures
+
+
+def clip_network(kind, seed=0):
+    torch.manual_seed(seed)
+    CLIP = common.clip_package()[0].CLIP
+    layers, width, patch = (2, 64, 16) if kind == "vit" else ((1, 1, 1, 1), 64, None)
+    model = CLIP(32, 64, layers, width, patch, 20, 49408, 64, 1, 2).eval()
+    for x in model.state_dict().values():  # batch norm's statistics and the zero-initialised norms too
+        if x.is_floating_point() and x.dim() == 1:
+            x.add_(torch.rand(x.shape) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_clip_through_our_loader_is_clip(tmp_path, kind):
+    reference = clip_network(kind)
+    torch.save(reference.state_dict(), tmp_path / "clip.pt")
+    ours = common.load_clip(tmp_path / "clip.pt")
+    assert (ours.size, ours.dim, ours.context) == (64, 32, 20)
+    pixels = torch.rand(3, 3, 64, 64)
+    texts = ["a red bus", "something blue, with a comma", "ein grüner Fisch"]
+    with torch.no_grad():
+        mean, std = torch.tensor(common.MEAN).view(3, 1, 1), torch.tensor(common.STD).view(3, 1, 1)
+        image, text = reference.encode_image((pixels - mean) / std), reference.encode_text(ours.tokenize(texts)[0])
+        for mine, theirs in ((ours.image(pixels), image), (ours.text(texts), text)):
+            theirs = F.normalize(theirs, dim=-1)
+            assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+            assert (theirs[0] - theirs[1]).abs().max() > 1e-4
+    features = vqgan.perceptual_features(ours.model.visual)
+    a, b = features(pixels), features(pixels + 0.1)
+    assert len(a) == 4 and all((x - y).abs().max() > 1e-4 and torch.allclose(x.norm(dim=-1).max(), torch.ones(())) for x, y in zip(a, b))
+
+
+def test_clip_loads_without_running_its_package(tmp_path):
+    """With a torchvision and a pkg_resources that explode on import, and without either."""
+    for name in ("torchvision", "pkg_resources"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not to be imported')")
+    code = "import common; m, t = common.clip_package(); print(m.CLIP.__name__, len(t.SimpleTokenizer().encode('a red bus')))"
+    for extra in ({}, {"PYTHONPATH": str(tmp_path)}):
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | extra, capture_output=True, text=True)
+        assert done.stdout.split() == ["CLIP", "3"], done.stderr
+
+
+def test_tokenizer_keeps_the_end_of_a_cut_text():
+    clip = common.Clip(clip_network("vit"), "tiny", "cpu")
+    rows, cut = clip.tokenize(["a bus " * 40, "a bus", "", "\N{BUS}\N{SNOWMAN}"])
+    assert len(cut) == 1 and rows.shape == (4, 20) and rows[0, -1] == 49407 and rows[:, 0].eq(49406).all()
+    assert rows[1].tolist()[:5] == [49406, 320, 2840, 49407, 0] and rows[2].tolist()[:3] == [49406, 49407, 0]
+
+
+@pytest.mark.parametrize("w, h", [(80, 53), (53, 80), (64, 64), (301, 200), (33, 500)])
+def test_preprocessing_is_clips(w, h):
+    """Resize of the short side with Pillow's bicubic, centre crop, scale to [0, 1], OpenAI's mean and std."""
+    im = Image.fromarray(np.random.default_rng(0).integers(256, size=(h, w, 3)).astype(np.uint8))
+    short, size = min(w, h), 32
+    small = im.resize((size * w // short, size * h // short), Image.Resampling.BICUBIC)
+    left, top = round((small.width - size) / 2), round((small.height - size) / 2)
+    expected = np.asarray(small.crop((left, top, left + size, top + size))).astype(np.float32) / 255
+    expected = (expected - np.float32([0.48145466, 0.4578275, 0.40821073])) / np.float32([0.26862954, 0.26130258, 0.27577711])
+    clip = common.Clip(clip_network("vit"), "tiny", "cpu")
+    ours = clip.normalize(common.to_tensor(common.crop(im, size)))
+    assert np.abs(ours.numpy() - expected.transpose(2, 0, 1)).max() < 1e-6
+
+
+def test_pictures_of_every_mode(tmp_path):
+    base = np.zeros((20, 30, 3), np.uint8)
+    base[:, :10], base[:, 10:] = (200, 40, 40), (40, 40, 200)
+    rgb = Image.fromarray(base)
+    rgb.save(tmp_path / "rgb.png")
+    rgb.quantize(8).save(tmp_path / "palette.png")
+    rgb.convert("L").save(tmp_path / "grey.png")
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    Image.fromarray((np.asarray(rgb.convert("L")).astype(np.uint16) * 257)).save(tmp_path / "deep.png")
+    Image.merge("RGBA", (*rgb.split(), Image.new("L", rgb.size, 0))).save(tmp_path / "clear.png")
+    rgb.save(tmp_path / "film.gif", save_all=True, append_images=[Image.new("RGB", rgb.size)])
+    exif = Image.Exif()
+    exif[0x112] = 6  # turn by 90 degrees
+    rgb.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    read = {name: common.open_picture(tmp_path / name) for name in os.listdir(tmp_path)}
+    assert all(im.mode == "RGB" for im in read.values())
+    assert read["turned.jpg"].size == (20, 30) and all(im.size == (30, 20) for n, im in read.items() if n != "turned.jpg")
+    for name in ("palette.png", "film.gif", "cmyk.jpg"):
+        assert np.abs(np.asarray(read[name]).astype(int)[10, [3, 25]] - base[10, [3, 25]]).max() < 25, name
+    grey = np.asarray(rgb.convert("L")).astype(int)[:, :, None]
+    assert np.abs(np.asarray(read["deep.png"]).astype(int) - grey).max() <= 1
+    assert np.asarray(read["clear.png"]).min() == 255
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="no folder of real photographs beside the project")
+def test_real_photographs_are_read_and_cropped():
+    names = common.list_pictures(PHOTOS)
+    assert len(names) == 96
+    for name in names[:12]:
+        a, b = (common.crop(common.open_picture(PHOTOS / name), size, 1.1, 0.3, 0.8) for size in (64, 224))
+        small = np.asarray(Image.fromarray(b).resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
+        moved = common.crop(common.open_picture(PHOTOS / name), 64, 1.1, 0.5, 0.4).astype(float)
+        assert np.abs(small - a).mean() < 0.5 * np.abs(small - moved).mean()  # the two networks see the same part
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+
+def command(*args, cwd, ok=0, **env):
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=240,
+                          env=os.environ | {"PYTHONPATH": str(HERE)} | env)
+    assert done.returncode == ok, f"{args}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+TOY = ["--train_pictures=150", "--heldout_pictures=20", "--image_size=32", "--max_steps=6", "--batch_size=16", "--save_every=3"]
+VQ = ["--image_size=32", "--ch_mult=1,2", "--codes=64", "--max_steps=8", "--vq_start=2", "--disc_start=5", "--batch_size=8",
+      "--eval_every=4", "--val_percent=10", "--workers=1"]
+GPT_ARGS = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--max_steps=6", "--batch_size=8", "--eval_every=3"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Every stage once, in miniature, through its command line; captions.tsv is out of reach from stage 1 on."""
+    d = tmp_path_factory.mktemp("world")
+    said = {"toy": command(HERE / "toy.py", *TOY, cwd=d).stdout}
+    (d / "data/toy/captions.tsv").rename(d / "captions.tsv")
+    (d / "data/toy/train/broken.png").write_bytes(b"not a picture")
+    (d / "data/toy/train/deeper").mkdir()
+    Image.new("L", (50, 40), 90).save(d / "data/toy/train/deeper/grey.jpg")
+    said["vqgan"] = command(HERE / "vqgan.py", *VQ, "--out=out/toy", cwd=d).stdout
+    said["prepare"] = command(HERE / "prepare.py", "--val_percent=10", "--chunk=64", "--crops=3", cwd=d).stdout
+    said["train_gpt"] = command(HERE / "train_gpt.py", *GPT_ARGS, "--out=out/toy", cwd=d).stdout
+    said["sample"] = command(HERE / "sample.py", "a red bus", "a blue fish", "--n=2", "--candidates=4", cwd=d).stdout
+    (d / "captions.tsv").rename(d / "data/toy/captions.tsv")
+    said["evaluate"] = command(HERE / "evaluate.py", "--n=1", "--judge_steps=3", cwd=d).stdout
+    return d, said
+
+
+def test_stages_end_to_end(world):
+    d, said = world
+    for path in ("clip.pt", "world.png", "vqgan.pt", "recon.png", "gpt.pt", "grid.png", "match.json", "match.png"):
+        assert (d / "out/toy" / path).stat().st_size > 0
+    for stage, steps in (("toy", 6), ("vqgan", 8), ("gpt", 6)):
+        lines = [json.loads(x) for x in (d / f"out/toy/{stage}.jsonl").read_text().splitlines()]
+        assert [x["step"] for x in lines if "loss" in x] == list(range(1, steps + 1))
+        assert all(math.isfinite(v) for x in lines for v in x.values())
+    log = [json.loads(x) for x in (d / "out/toy/vqgan.jsonl").read_text().splitlines()]
+    assert "perplexity" in log[4] and "disc" in log[6] and any("val_loss" in x for x in log)
+    assert "knows nothing is ln 64 = 4.159" in said["train_gpt"] and "tokens/s" in said["sample"]
+    assert "best 2 of 4 by CLIP" in said["sample"] and "out/toy/gpt.pt" in said["sample"]
+    assert Image.open(d / "out/samples.png").size[0] >= 64 and len(list((d / "out/samples").glob("*.png"))) == 4
+    table = json.loads((d / "out/toy/match.json").read_text())["table"]
+    assert len(table) == 3 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
+
+
+def test_dump_rows_follow_the_sorted_sources(world):
+    """Order, crops, held-out split and the skipped picture; tokens and embeddings as the networks give them alone."""
+    d, _ = world
+    meta, arrays = train_gpt.open_dump(d / "data/toy_tokens")
+    names = common.list_pictures(d / "data/toy/train")
+    train = [n for n in names if not common.held_out(n, 10) and n != "broken.png"]
+    val = [n for n in names if common.held_out(n, 10) and n != "broken.png"]
+    assert meta["train_rows"] == 3 * len(train) and meta["val_rows"] == len(val) and "deeper/grey.jpg" in names
+    assert [x[0] for x in meta["skipped"]] == ["broken.png"] and meta["skipped_count"] == 1 and meta["skipped"][0][1]
+    network, digest, cfg = common.load_vqgan(d / "out/toy/vqgan.pt", "cpu")
+    assert digest == meta["vqgan_sha256"] == common.sha256(network.state_dict())
+    clip = common.load_clip(d / "out/toy/clip.pt")
+    for i in (0, 7, len(train) - 1):  # the first row of each picture is its centre crop
+        picture = common.open_picture(d / "data/toy/train" / train[i])
+        tokens = network.encode(common.to_tensor(common.crop(picture, 32))[None] * 2 - 1).flatten()
+        assert (tokens.numpy() == arrays["train"][0][3 * i]).mean() > 0.9
+        embedding = clip.image(common.to_tensor(common.crop(picture, clip.size))[None])[0]
+        assert np.abs(embedding.numpy() - arrays["train"][1][3 * i]).max() < 2e-3
+    embeddings = arrays["train"][1].astype(np.float32)
+    assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=2e-3)
+    assert np.allclose(embeddings.mean(0), meta["image_mean"], atol=1e-4)
+    assert not np.array_equal(arrays["train"][1][0], arrays["train"][1][1])
+
+
+def test_dump_is_the_same_for_any_number_of_workers_and_after_a_restart(world, tmp_path):
+    d, _ = world
+    args = [HERE / "prepare.py", "--val_percent=10", "--chunk=64", "--crops=3"]
+    command(*args, f"--out={tmp_path}/a", "--workers=0", cwd=d)
+    parts = tmp_path / "b/parts"  # as left by a run killed in between: one chunk done, one half-written
+    command(*args, f"--out={tmp_path}/b", "--workers=3", cwd=d)
+    for name in ("train_tokens.bin", "train_clip.bin", "val_tokens.bin", "val_clip.bin"):
+        first = (d / "data/toy_tokens" / name).read_bytes()
+        assert first == (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert not parts.exists()
+
+
+@pytest.mark.parametrize("stage, args, steps", [("vqgan", VQ, 4), ("train_gpt", GPT_ARGS, 3)])
+def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, stage, args, steps):
+    """Killed by the system (SIGKILL) at the first checkpoint; the same command ends with the uninterrupted run's weights."""
+    d, _ = world
+    name = "gpt" if stage == "train_gpt" else stage
+    run = [sys.executable, str(HERE / f"{stage}.py"), *args, f"--out={tmp_path}"]
+    child = subprocess.Popen([*run, "--workers=0"] if stage == "vqgan" else run, cwd=d, stdout=subprocess.DEVNULL,
+                             env=os.environ | {"PYTHONPATH": str(HERE)})
+    while child.poll() is None and not (tmp_path / f"{name}.ckpt").exists():
+        pass
+    child.kill()
+    child.wait()
+    assert (tmp_path / f"{name}.ckpt").exists(), "finished before it could be killed"
+    done = command(*run[1:], cwd=d)
+    assert f"going on from {tmp_path}/{name}.ckpt, step" in done.stdout
+    a, b = (torch.load(p / f"{name}.pt", weights_only=True) for p in (tmp_path, d / "out/toy"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in b[part])
+    logs = [[{k: v for k, v in json.loads(x).items() if k != "time"} for x in (p / f"{name}.jsonl").read_text().splitlines()]
+            for p in (tmp_path, d / "out/toy")]
+    assert logs[0] == logs[1]
+
+
+def test_the_same_command_says_finished_and_another_config_is_refused(world):
+    d, _ = world
+    for script, args in (("toy", TOY), ("vqgan", VQ), ("train_gpt", GPT_ARGS)):
+        path = d / f"out/toy/{'gpt' if script == 'train_gpt' else script}.pt"
+        before = path.stat().st_mtime_ns
+        out = [] if script == "toy" else ["--out=out/toy"]
+        assert "is finished" in command(HERE / f"{script}.py", *args, *out, cwd=d).stdout
+        done = command(HERE / f"{script}.py", *args, *out, "--batch_size=4", cwd=d, ok=2)
+        assert "batch_size=" in done.stderr and "--out" in done.stderr and done.stderr.count("\n") == 1
+        assert path.stat().st_mtime_ns == before
+    assert "is finished" in command(HERE / "prepare.py", "--val_percent=10", "--chunk=64", "--crops=3", cwd=d).stdout
+    assert "crops=3" in command(HERE / "prepare.py", "--val_percent=10", "--chunk=64", "--crops=1", cwd=d, ok=2).stderr
+
+
+def test_sampling_is_reproducible_and_ranks_by_clip(world):
+    d, _ = world
+
+    def pictures(*args):
+        said = command(HERE / "sample.py", "a red bus", f"--out={d}/s.png", *args, cwd=d).stdout
+        found = sorted((d / "s").glob("*.png"))
+        data = [p.read_bytes() for p in found]
+        for p in found:
+            p.unlink()
+        return data, said
+    two, four = pictures("--n=2")[0], pictures("--n=4", "--batch_size=3")[0]
+    assert two == four[:2] and len(set(four)) == 4 and pictures("--n=2", "--seed=1")[0] != two
+    best, said = pictures("--n=2", "--candidates=4")
+    clip = common.load_clip(d / "out/toy/clip.pt")
+    for i, b in enumerate(four):
+        (d / f"c{i}.png").write_bytes(b)
+    scores = sample.similarity(clip, [common.open_picture(d / f"c{i}.png") for i in range(4)], clip.text(["a red bus"])[0])
+    order = sorted(range(4), key=lambda i: -scores[i])
+    assert best == [four[i] for i in order[:2]] and f"{order[0]} ({scores[order[0]]:.3f})" in said
+    command(HERE / "sample.py", f"--image={d}/c0.png", "--n=1", f"--out={d}/v.png", cwd=d)
+    assert "cut off" in command(HERE / "sample.py", "a red bus " * 30, "--n=1", f"--out={d}/v.png", cwd=d).stdout
+
+
+def test_two_processes_train_as_one(world, tmp_path):
+    """torchrun with two ranks and one process, the same global batch: the same weights after AdamW steps."""
+    d, _ = world
+    args = [HERE / "train_gpt.py", *GPT_ARGS, "--dtype=float32", "--drop=0.3", "--eval_every=100"]
+    command(*args, f"--out={tmp_path}/one", cwd=d)
+    command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args, f"--out={tmp_path}/two", cwd=d)
+    command(*args, f"--out={tmp_path}/parts", "--accumulate=2", cwd=d)
+    one, two, parts = (torch.load(tmp_path / n / "gpt.pt", weights_only=True)["model"] for n in ("one", "two", "parts"))
+    start = torch.load(tmp_path / "one/gpt.pt", weights_only=True)
+    assert start["step"] == 6
+    for k in one:
+        assert (one[k] - two[k]).abs().max() <= 1e-5 and (one[k] - parts[k]).abs().max() <= 1e-5, k
+    assert one["head.weight"].abs().max() > 1e-3  # it did move
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+BAD = [
+    ("vqgan.py --data=nowhere", "nowhere"), ("vqgan.py --data=empty", "no pictures in empty"),
+    ("vqgan.py --data=rotten --out=out/r --workers=0", "read"), ("vqgan.py --clip=nowhere.pt", "nowhere.pt"),
+    ("vqgan.py --clip=out/toy/vqgan.pt --out=out/x", "not a CLIP"), ("vqgan.py --image_size=30 --out=out/x", "image_size"),
+    ("vqgan.py --ch=20 --out=out/x", "32"), ("vqgan.py --bathc_size=3", "--batch_size"), ("vqgan.py out/x", "--name=value"),
+    ("vqgan.py --device=gpu9", "--device"), ("vqgan.py --dtype=float16", "float16"),
+    ("prepare.py --data=nowhere --out=x", "nowhere"), ("prepare.py --data=rotten --out=x", "none of"),
+    ("prepare.py --vqgan=nowhere.pt --out=x", "nowhere.pt"), ("prepare.py --vqgan=out/toy/gpt.pt --out=x", "checkpoint of gpt"),
+    ("prepare.py --vqgan=out/toy/clip.pt --out=x", "vqgan checkpoint"), ("prepare.py --vqgan=rotten/a.png --out=x", "rotten/a.png"),
+    ("train_gpt.py --data=nowhere", "nowhere"), ("train_gpt.py --vqgan=other/vqgan.pt --out=out/x", "another VQGAN"),
+    ("train_gpt.py --n_embd=30 --n_head=4 --out=out/x", "--n_embd"), ("train_gpt.py --batch_size=7 --accumulate=2 --out=out/x", "batch_size"),
+    ("sample.py", "a red bus"), ("sample.py word --gpt=nowhere.pt", "nowhere.pt"), ("sample.py word --gpt=out/toy/vqgan.pt", "vqgan"),
+    ("sample.py word --vqgan=other/vqgan.pt", "another VQGAN"), ("sample.py --image=nowhere.png", "nowhere.png"),
+    ("sample.py --image=rotten/a.png", "rotten/a.png"), ("sample.py word --clip=other/clip.pt", "another CLIP"),
+    ("sample.py word --top_p=2", "from 0 to 1"), ("sample.py word --out=x.txt", ".png"), ("evaluate.py --data=empty", "no toy world"),
+    ("toy.py --data=empty --out=out/x", "no toy world"), ("toy.py --seed=5 --out=out/x", "seed"),
+]
+
+
+@pytest.fixture(scope="session")
+def bad_world(world):
+    d, _ = world
+    (d / "empty").mkdir()
+    (d / "rotten").mkdir()
+    for name in "abcdef":
+        (d / f"rotten/{name}.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing of sense")
+    (d / "other").mkdir()
+    checkpoint = torch.load(d / "out/toy/vqgan.pt", weights_only=True)
+    checkpoint["ema"] = {k: v + 0.01 for k, v in checkpoint["ema"].items()}
+    torch.save(checkpoint | {"sha256": common.sha256(checkpoint["ema"])}, d / "other/vqgan.pt")
+    weights = torch.load(d / "out/toy/clip.pt", weights_only=True)
+    torch.save(weights | {"logit_scale": weights["logit_scale"] + 1}, d / "other/clip.pt")
+    return d
+
+
+def snapshot(d):
+    return {p: p.stat().st_mtime_ns for p in d.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+
+
+@pytest.mark.parametrize("line, says", BAD, ids=[b[0] for b in BAD])
+def test_bad_input_ends_in_one_line(bad_world, line, says):
+    before = snapshot(bad_world)
+    script, *args = line.split()
+    done = command(HERE / script, *args, cwd=bad_world, ok=2)
+    assert says in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+    after = snapshot(bad_world)
+    assert {p: after.get(p) for p in before} == before  # nothing that was there is lost or overwritten
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+    torch.save({"stage": "vqgan", "x": Evil()}, tmp_path / "evil.pt")
+    for args in (["prepare.py", "--vqgan=evil.pt", "--data=."], ["vqgan.py", "--clip=evil.pt", "--data=."]):
+        Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+        assert "evil.pt" in command(HERE / args[0], *args[1:], cwd=tmp_path, ok=2).stderr
+    assert not (tmp_path / "owned").exists()
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["-q", __file__]))
