@@ -136,6 +136,7 @@ class Machine:
         if dtype == "float16" and kind != "cuda":
             fail(f"--dtype=float16 needs an NVIDIA GPU; on {kind} use --dtype=bfloat16 or float32")
         self.dtype = getattr(torch, dtype)
+        self.fused = kind in ("cpu", "cuda")  # whether AdamW has a fused kernel here
         if kind == "cpu":
             keep_memory()
         if kind == "cuda":
@@ -194,6 +195,10 @@ class Machine:
             return function
 
 
+def millions(model):
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+
+
 def keep_memory():
     """Have glibc keep freed memory for the next step, which takes tensors of the same sizes again. Handing it back and
     faulting it in anew made CPU training 2-3x slower."""
@@ -201,6 +206,32 @@ def keep_memory():
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets a mapping of its own
         libc.mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step for each matrix is brought to orthogonality (Jordan et al. 2024): all directions move alike.
+    Convolutions count as matrices (out, in*kh*kw). The step's size is AdamW's, so learning rates carry over."""
+
+    def __init__(self, params, lr=0.0, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)             # Nesterov, (rows, columns)
+                rows, columns = x.shape
+                x = (x.T if rows > columns else x).bfloat16()
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):  # Newton-Schulz: pushes all singular values towards 1
+                    a = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                x = x.T if rows > columns else x
+                p.add_(x.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 
 def learning_rate(step, peak, warmup, max_steps):
@@ -277,7 +308,7 @@ def load_gpt(path, device):
 
 
 class Run:
-    """A run folder: `out/stage.ckpt` while a stage trains, renamed `stage.pt` when finished, and `stage.jsonl`, its log.
+    """A run folder: `out/stage.ckpt` while a stage trains, renamed `stage.pt` when finished; `stage.jsonl` is its log.
 
     `resume` holds the checkpoint to go on from, if there is one. A finished run ends the program with a line that says
     so; a run of another config, or whose inputs (`depends`, a dict of hashes) have changed, is refused.
@@ -330,7 +361,8 @@ class Progress:
     """A progress bar on a terminal, elsewhere a plain line every five seconds."""
 
     def __init__(self, total, initial=0, unit="step"):
-        self.done, self.total, self.unit, self.last, self.begun = initial, total, unit, time.time(), (initial, time.time())
+        self.done, self.total, self.unit = initial, total, unit
+        self.last, self.begun = time.time(), (initial, time.time())
         self.bar = tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
 
     def __call__(self, n=1, **facts):
@@ -522,8 +554,8 @@ def to_image(x):
 def save_grid(path, pictures, columns, labels=(), each=1):
     """Pillow pictures of one size -> one PNG, row by row; with labels, each is written above its `each` pictures."""
     w, h = pictures[0].size
-    head, gap = 18 if labels else 0, 4
-    sheet = Image.new("RGB", (columns * (w + gap) + gap, math.ceil(len(pictures) / columns) * (h + head + gap) + gap), "white")
+    head, gap, rows = 18 if labels else 0, 4, math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + head + gap) + gap), "white")
     pen = ImageDraw.Draw(sheet)
     for i, picture in enumerate(pictures):
         left, top = gap + i % columns * (w + gap), gap + i // columns * (h + head + gap)

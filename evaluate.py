@@ -1,7 +1,6 @@
 """Stage 5: do the pictures match the words? On the toy world that can be known: a small classifier, trained on true
 drawings and their attributes and on nothing else, says what a picture shows. It judges true held-out drawings and their
 reconstructions too, which is as well as any generator behind this VQGAN could do."""
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import sample
-from common import (Amount, AutoAmount, AutoShare, AutoWhole, Count, Device, Dtype, Machine, Progress, Share, Whole, configure, crop,
-                    fail, learning_rate, open_picture, save_grid, to_image, to_tensor, whole, write_json)
+from common import (AutoAmount, AutoShare, AutoWhole, Count, Device, Dtype, Machine, Progress, Share, Whole, configure,
+                    crop, fail, learning_rate, save_grid, to_image, to_tensor, whole, write_json)
 from toy import BACKGROUNDS, COLOURS, OBJECTS, read_world
 
 
@@ -96,8 +96,8 @@ def get_judge(cfg, machine):
 
 @torch.no_grad()
 def match(judge, pictures, wanted, machine):
-    """Shares of pictures, uint8 (N, S, S, 3), in which the judge sees what is wanted, a dict of attributes for each: each
-    attribute over the pictures that ask for it, and "both", object and colour."""
+    """Shares of pictures, uint8 (N, S, S, 3), in which the judge sees what is wanted, a dict of attributes for each:
+    each attribute over the pictures that ask for it, and "both", object and colour."""
     right = {name: [] for name in ATTRIBUTES}
     for first in range(0, len(pictures), 256):
         logits = judge(judged(pictures[first:first + 256]).to(machine.device))
@@ -113,7 +113,8 @@ def share(hits):
     if not hits:
         return None
     n, p, z = len(hits), sum(hits) / len(hits), 1.96
-    mid, half = (p + z * z / 2 / n) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2) / (1 + z * z / n)
+    mid = (p + z * z / 2 / n) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2) / (1 + z * z / n)
     return {"share": p, "low": mid - half, "high": mid + half, "n": n}
 
 
@@ -130,8 +131,9 @@ def main():
     drawings, rows = read_world(cfg.data, "heldout")
     table = {"true held-out drawings": match(judge, drawings, rows, machine)}
     with torch.no_grad():
-        recon = [vqgan.decode(vqgan.encode(to_tensor(part).to(machine.device) * 2 - 1)) for part in
-                 np.array_split(np.stack([crop_to(p, vqgan.cfg.image_size) for p in drawings]), 1 + len(drawings) // 64)]
+        fitting = np.stack([crop(Image.fromarray(p), vqgan.cfg.image_size) for p in drawings])
+        recon = [vqgan.decode(vqgan.encode(to_tensor(part).to(machine.device) * 2 - 1))
+                 for part in np.array_split(fitting, 1 + len(drawings) // 64)]
     table["their reconstructions"] = match(judge, as_pixels(torch.cat(recon)), rows, machine)
 
     wanted = [{"colour": c, "object": o} for c in COLOURS for o in OBJECTS]
@@ -140,11 +142,12 @@ def main():
     for w in wanted:
         prompt = f"a {w['colour']} {w['object']}"
         cond = gpt.condition(clip.text([prompt]), "text").expand(cfg.n, -1)
-        made += sample.draw(gpt, vqgan, cond, sample.uniforms(cfg.seed, prompt, cfg.n, gpt.cfg.grid ** 2), options, machine,
-                            cfg.batch_size)[0]
+        uniform = sample.uniforms(cfg.seed, prompt, cfg.n, gpt.cfg.grid ** 2)
+        made += sample.draw(gpt, vqgan, cond, uniform, options, machine, cfg.batch_size)[0]
         per += [w] * cfg.n
         bar()
-    table[f'samples of "a {{colour}} {{object}}", N=1'] = found = match(judge, as_pixels(torch.stack(made)), per, machine)
+    found = match(judge, as_pixels(torch.stack(made)), per, machine)
+    table['samples of "a {colour} {object}", N=1'] = found
 
     names = ["object", "colour", "both", "background"]
     lines = ["| pictures | " + " | ".join(names) + " | n |", "| --- |" + " --- |" * (len(names) + 1)]
@@ -157,11 +160,6 @@ def main():
     machine.say(f"right object and colour: {found['both']['share']:.1%}; wrote {cfg.out}/match.json and match.png")
     if found["both"]["share"] < cfg.min_match:
         raise SystemExit(1)
-
-
-def crop_to(pixels, size):
-    from PIL import Image
-    return crop(Image.fromarray(pixels), size)
 
 
 def as_pixels(x):

@@ -1,10 +1,10 @@
-"""The networks of CLIP-GEN: a VQGAN that turns pictures into tokens and back, its PatchGAN discriminator, and a GPT that
-writes such tokens behind one prefix token, a CLIP embedding. No files, no arguments, no printing: the stages do that.
+"""The networks of CLIP-GEN: a VQGAN that turns pictures into tokens and back, its PatchGAN discriminator, and a GPT
+that writes such tokens behind one prefix token, a CLIP embedding. No files, no arguments, no printing.
 
     pictures --Encoder--> z --Quantizer--> tokens --GPT learns p(tokens | CLIP embedding)
     tokens --Quantizer.lookup--> codes --Decoder--> pictures
 
-Letters in shape comments: B pictures, T tokens of a picture, K codes in the codebook, C width, D embedding size, H heads.
+Letters in shape comments: B pictures, T tokens of one, K codes in the codebook, C width, D embedding size, H heads.
 """
 import math
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ class VQGANConfig:
     codes: int = 16384                    # size K of the codebook
     code_dim: int = 256                   # length of a code
     l2_norm: bool = False                 # compare unit-length codes (Yu et al. 2022) instead of plain L2 ones
+    groups: int = 32                      # of GroupNorm; fewer for widths under 128, where 32 would wash out the colours
     eps: float = 1e-6                     # of GroupNorm
 
     @property
@@ -47,11 +48,11 @@ class GroupNorm(nn.GroupNorm):
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, twice, around a skip connection; 1x1 on the skip where the width changes."""
 
-    def __init__(self, c_in, c_out, eps):
+    def __init__(self, c_in, c_out, cfg):
         super().__init__()
-        self.norm1 = GroupNorm(32, c_in, eps)
+        self.norm1 = GroupNorm(cfg.groups, c_in, cfg.eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = GroupNorm(32, c_out, eps)
+        self.norm2 = GroupNorm(cfg.groups, c_out, cfg.eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
@@ -74,9 +75,9 @@ def attend(q, k, v, is_causal=False):
 class AttnBlock(nn.Module):
     """Single-head attention over the h x w positions of a feature map."""
 
-    def __init__(self, c, eps):
+    def __init__(self, c, cfg):
         super().__init__()
-        self.norm = GroupNorm(32, c, eps)
+        self.norm = GroupNorm(cfg.groups, c, cfg.eps)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):
@@ -105,18 +106,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def level(c_in, c, blocks, attention, eps):
+def level(c_in, c, blocks, attention, cfg):
     """One resolution: `blocks` residual blocks, each followed by attention if asked for. Returns a Module to fill."""
     m = nn.Module()
-    m.block = nn.ModuleList(ResnetBlock(c_in if j == 0 else c, c, eps) for j in range(blocks))
-    m.attn = nn.ModuleList(AttnBlock(c, eps) for _ in range(blocks if attention else 0))
+    m.block = nn.ModuleList(ResnetBlock(c_in if j == 0 else c, c, cfg) for j in range(blocks))
+    m.attn = nn.ModuleList(AttnBlock(c, cfg) for _ in range(blocks if attention else 0))
     return m
 
 
-def middle(c, eps):
+def middle(c, cfg):
     """The bottom of encoder and decoder: residual block, attention, residual block."""
     m = nn.Module()
-    m.block_1, m.attn_1, m.block_2 = ResnetBlock(c, c, eps), AttnBlock(c, eps), ResnetBlock(c, c, eps)
+    m.block_1, m.attn_1, m.block_2 = ResnetBlock(c, c, cfg), AttnBlock(c, cfg), ResnetBlock(c, c, cfg)
     return m
 
 
@@ -138,13 +139,13 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3 * cfg.patch ** 2, c, 3, padding=1)
         self.down = nn.ModuleList()
         for i, mult in enumerate(cfg.ch_mult):
-            self.down.append(level(c, cfg.ch * mult, cfg.num_res_blocks, side in cfg.attn_resolutions, cfg.eps))
+            self.down.append(level(c, cfg.ch * mult, cfg.num_res_blocks, side in cfg.attn_resolutions, cfg))
             c = cfg.ch * mult
             if i < len(cfg.ch_mult) - 1:
                 self.down[i].downsample = Downsample(c)
                 side //= 2
-        self.mid = middle(c, cfg.eps)
-        self.norm_out = GroupNorm(32, c, cfg.eps)
+        self.mid = middle(c, cfg)
+        self.norm_out = GroupNorm(cfg.groups, c, cfg.eps)
         self.conv_out = nn.Conv2d(c, cfg.z_channels, 3, padding=1)
 
     def forward(self, x):
@@ -166,17 +167,17 @@ class Decoder(nn.Module):
         c = cfg.ch * cfg.ch_mult[-1]
         side = cfg.image_size // cfg.factor
         self.conv_in = nn.Conv2d(cfg.z_channels, c, 3, padding=1)
-        self.mid = middle(c, cfg.eps)
+        self.mid = middle(c, cfg)
         up = []
         for i, mult in reversed(list(enumerate(cfg.ch_mult))):
-            m = level(c, cfg.ch * mult, cfg.num_res_blocks + 1, side in cfg.attn_resolutions, cfg.eps)
+            m = level(c, cfg.ch * mult, cfg.num_res_blocks + 1, side in cfg.attn_resolutions, cfg)
             c = cfg.ch * mult
             if i > 0:
                 m.upsample = Upsample(c)
                 side *= 2
             up.insert(0, m)
         self.up = nn.ModuleList(up)
-        self.norm_out = GroupNorm(32, c, cfg.eps)
+        self.norm_out = GroupNorm(cfg.groups, c, cfg.eps)
         self.conv_out = nn.Conv2d(c, 3 * cfg.patch ** 2, 3, padding=1)
 
     def forward(self, z):
@@ -292,7 +293,7 @@ class VQGAN(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): a logit for each overlapping patch, real or reconstructed. (B, 3, S, S) -> (B, 1, h, w)"""
+    """PatchGAN (Isola et al. 2017): is a patch real or reconstructed? (B, 3, S, S) -> logits (B, 1, h, w)."""
 
     def __init__(self, ch=64, layers=3):
         super().__init__()

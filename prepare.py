@@ -7,8 +7,8 @@ networks are frozen, so this is done once, and the trainer reads fixed-size rows
     train_clip.bin, val_clip.bin       float16 [rows, D], unit length
     meta.json                          shapes, what made the rows, the embeddings' means, what was skipped and why
 
-Work goes in chunks of pictures, each a small file of its own until the end: a restart goes on with the missing ones, and
-any number of processes can share them."""
+Work goes in chunks of pictures, each a small file of its own until the end: a restart goes on with the missing ones,
+and any number of processes can share them."""
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (HOW, Amount, Count, Device, Dtype, Machine, Progress, Share, Whole, configure, crop, fail, file_sha256, held_out,
-                    list_pictures, load_clip, load_vqgan, open_picture, show, to_tensor, whole, write_json)
+from common import (HOW, Amount, Count, Device, Dtype, Machine, Progress, Share, Whole, configure, crop, fail,
+                    file_sha256, held_out, list_pictures, load_clip, load_vqgan, open_picture, show, to_tensor, whole,
+                    write_json)
 
 
 @dataclass
@@ -41,16 +42,17 @@ class Config:
 
 # Everyday phrases, tied to no picture and none of them a prompt of the evaluation; their mean embedding is where CLIP
 # keeps its texts, and centring subtracts it.
-GENERIC = [f"a photo of {x}" for x in ("a person", "a dog", "a street", "food on a table", "a mountain", "the sea", "a room",
-           "a house", "a tree", "a car", "a boat", "a bus", "a flower", "the moon", "a cup", "a star", "a fish")] + \
-          [f"something {c}" for c in ("red", "blue", "green", "yellow", "pink", "brown", "purple", "black", "white")] + \
-          ["a picture", "a drawing", "a small thing", "a large thing", "a heart", "a mushroom", "a grey background",
-           "a white background", "a sky background", "a sand background"]
+GENERIC = [f"a photo of {thing}" for thing in (
+    "a person", "a dog", "a street", "food on a table", "a mountain", "the sea", "a room", "a house", "a tree", "a car",
+    "a boat", "a bus", "a flower", "the moon", "a cup", "a star", "a fish")]
+GENERIC += [f"something {c}" for c in ("red", "blue", "green", "yellow", "pink", "brown", "purple", "black", "white")]
+GENERIC += ["a picture", "a drawing", "a small thing", "a large thing", "a heart", "a mushroom", "a grey background",
+            "a white background", "a sky background", "a sand background"]
 
 
 class Chunks(torch.utils.data.Dataset):
-    """Item number c: the crops of pictures c*chunk .. , for the VQGAN (n, S, S, 3) and for CLIP (n, C, C, 3), both uint8 and
-    of the same part of the picture, and the pictures that failed, each with the reason."""
+    """Item c: the crops of pictures c*chunk .. , for the VQGAN (n, S, S, 3) and for CLIP (n, C, C, 3), both uint8
+    and of the same part of the picture, and the pictures that failed, each with the reason."""
 
     def __init__(self, names, cfg, size, clip_size, crops):
         self.names, self.cfg, self.size, self.clip_size, self.crops = names, cfg, size, clip_size, crops
@@ -72,8 +74,9 @@ class Chunks(torch.utils.data.Dataset):
                 how = (1 / (1 - zoom * (1 - self.cfg.min_zoom)), x, y, self.cfg.flip and flip < 0.5) if j else ()
                 rows.append(crop(picture, self.size, *how))
                 clip_rows.append(crop(picture, self.clip_size, *how))
-        empty = np.zeros((0, self.size, self.size, 3), np.uint8), np.zeros((0, self.clip_size, self.clip_size, 3), np.uint8)
-        return c, *((np.stack(rows), np.stack(clip_rows)) if rows else empty), skipped
+        stack = [np.stack(r) if r else np.zeros((0, s, s, 3), np.uint8) for r, s in
+                 ((rows, self.size), (clip_rows, self.clip_size))]
+        return c, *stack, skipped
 
 
 def main():
@@ -99,8 +102,8 @@ def main():
     side = vcfg.image_size // vcfg.factor
     dtype = np.uint16 if vcfg.codes <= 65536 else np.uint32
     machine.say(f"prepare: {len(splits['train'])} pictures x {cfg.crops} crops and {len(splits['val'])} held out, from "
-                f"{cfg.data}; {side} x {side} tokens by {cfg.vqgan}, {clip.dim}-d embeddings by {clip.name}; on {machine}; "
-                f"writes {out}")
+                f"{cfg.data}; {side} x {side} tokens by {cfg.vqgan}, {clip.dim}-d embeddings by {clip.name}; "
+                f"on {machine}; writes {out}")
 
     @torch.no_grad()
     def run(pixels, clip_pixels):
@@ -135,8 +138,8 @@ def main():
 def refuse_other(path, made):
     try:
         old = json.loads(path.read_text())
-        differ = [k for k in made["config"] if k not in HOW and old["config"].get(k) != made["config"][k]] + \
-                 [k for k in made if k != "config" and old.get(k) != made[k] and k in ("vqgan_sha256", "clip_sha256", "sources")]
+        differ = [k for k in made["config"] if k not in HOW and old["config"].get(k) != made["config"][k]]
+        differ += [k for k in ("vqgan_sha256", "clip_sha256", "sources") if old.get(k) != made[k]]
         was = ", ".join(f"{k}={show(old['config'].get(k, old.get(k)))}" for k in differ)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         fail(f"{path} can't be read; move it away, or choose another folder with --out")
@@ -165,16 +168,17 @@ def join(out, parts, splits, cfg, made, vcfg, clip, dtype, machine):
                 (out / f"{split}_{kind}.bin").unlink()
         fail(f"none of the {len(splits['train'])} training pictures of {cfg.data} could be read, the first: "
              f"{skipped[0] if skipped else 'all are held out'}")
+    files = {f"{s}_{kind}.bin": file_sha256(out / f"{s}_{kind}.bin") for s in splits for kind in ("tokens", "clip")}
     texts = clip.text(GENERIC)
     write_json(out / "meta.json", {
         **made, "train_rows": rows["train"], "val_rows": rows["val"], "tokens": (vcfg.image_size // vcfg.factor) ** 2,
         "grid": vcfg.image_size // vcfg.factor, "codes": vcfg.codes, "tokens_dtype": np.dtype(dtype).name,
-        "clip_dim": clip.dim, "clip_dtype": "float16", "files": {f"{s}_{kind}.bin": file_sha256(out / f"{s}_{kind}.bin") for s in splits for kind in ("tokens", "clip")},
-        "image_mean": (total / rows["train"]).tolist(),
+        "clip_dim": clip.dim, "clip_dtype": "float16", "files": files, "image_mean": (total / rows["train"]).tolist(),
         "text_mean": texts.double().mean(0).tolist(), "skipped_count": len(skipped), "skipped": skipped})
     shutil.rmtree(parts)
-    machine.say(f"wrote {rows['train']} training and {rows['val']} validation rows to {out}; {len(skipped)} pictures skipped"
-                + (f", the first: {': '.join(skipped[0])}" if skipped else "") + f"; next: python train_gpt.py --data={out}")
+    first = f", the first: {': '.join(skipped[0])}" if skipped else ""
+    machine.say(f"wrote {rows['train']} training and {rows['val']} validation rows to {out}; {len(skipped)} pictures "
+                f"skipped{first}; next: python train_gpt.py --data={out}")
 
 
 if __name__ == "__main__":

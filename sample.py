@@ -2,8 +2,8 @@
 
 CLIP's text encoder turns the words into an embedding, the GPT writes tokens behind it, the VQGAN's decoder paints them.
     python sample.py "a red bus" "a small blue fish" --n=4
-With --candidates more pictures are drawn than kept, and CLIP keeps those that look most like the words. With --image=FILE
-the embedding of a picture takes the words' place, for variations of it."""
+With --candidates more pictures are drawn than kept, and CLIP keeps those that look most like the words. With
+--image=FILE the embedding of a picture takes the words' place, for variations of it."""
 import hashlib
 import re
 import time
@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (AutoAmount, AutoCount, AutoShare, AutoWhole, Count, Device, Dtype, Machine, Whole, configure, crop, fail,
-                    file_sha256, load_clip, load_gpt, load_vqgan, open_picture, save_grid, to_image, to_tensor, whole)
+from common import (AutoAmount, AutoCount, AutoShare, AutoWhole, Count, Device, Dtype, Machine, Whole, configure, crop,
+                    fail, file_sha256, load_clip, load_gpt, load_vqgan, open_picture, save_grid, to_image, to_tensor,
+                    whole)
 
 
 @dataclass
@@ -43,12 +44,12 @@ CLASSIC = {"n": 8, "candidates": 64, "cfg": 1.0, "temperature": 1.0, "top_k": 50
 
 def uniforms(seed, key, count, tokens):
     """The random numbers of pictures 0..count-1 of a prompt (count, tokens): functions of (seed, key, i) alone."""
-    rngs = (np.random.default_rng(list(hashlib.sha256(f"{seed} {i} {key}".encode(errors="replace")).digest())) for i in range(count))
-    return torch.from_numpy(np.stack([rng.random(tokens, np.float32) for rng in rngs]))
+    digests = (hashlib.sha256(f"{seed} {i} {key}".encode(errors="replace")).digest() for i in range(count))
+    return torch.from_numpy(np.stack([np.random.default_rng(list(d)).random(tokens, np.float32) for d in digests]))
 
 
 def draw(gpt, vqgan, cond, uniform, options, machine, batch_size):
-    """Conditions (N, D) and random numbers (N, T) -> (N pictures (3, S, S) in [-1, 1] on the CPU, seconds in the GPT)."""
+    """Conditions (N, D) and random numbers (N, T) -> (N pictures (3, S, S) in [-1, 1], seconds spent in the GPT)."""
     pictures, seconds = [], 0.0
     for c, u in zip(cond.split(batch_size), uniform.split(batch_size)):
         begun = time.time()
@@ -72,7 +73,7 @@ def load(cfg, machine):
     path = cfg.gpt
     if not path:
         found = sorted(Path("out").glob("**/gpt.pt"), key=lambda p: p.stat().st_mtime)
-        path = found[-1] if found else fail("there is no finished GPT under out/; run make demo, or train one with train_gpt.py")
+        path = found[-1] if found else fail("there is no finished GPT under out/; run make demo, or train_gpt.py")
     gpt, meta = load_gpt(path, machine.device)
     vqgan_path, clip_name = cfg.vqgan or meta["vqgan"], cfg.clip or meta["clip"]
     vqgan, sha, vcfg = load_vqgan(vqgan_path, machine.device)
@@ -101,20 +102,22 @@ def main():
     options = {k: v if getattr(cfg, k) is None else getattr(cfg, k) for k, v in
                (CLASSIC if gpt.cfg.classic else MODERN).items()}
     if gpt.cfg.classic and options["cfg"] != 1:
-        fail(f"--cfg={options['cfg']} needs a network trained with dropped conditions, and a classic GPT is not; use --cfg=1")
+        fail(f"--cfg={options['cfg']} needs a GPT trained with dropped conditions, and a classic one is not; use --cfg=1")
     n, count = options["n"], max(options["n"], options["candidates"])
 
     pictures, labels, begun, seconds = [], [], time.time(), 0.0
     for prompt in cfg.prompts or (cfg.image,):
         if cfg.image:
             with torch.no_grad():
-                embedding, key = clip.image(to_tensor(crop(picture, clip.size))[None].to(machine.device)), file_sha256(cfg.image)
+                embedding = clip.image(to_tensor(crop(picture, clip.size))[None].to(machine.device))    # (1, D)
+            key = file_sha256(cfg.image)
         else:
             embedding, key = clip.text([prompt]), prompt
             if clip.tokenize([prompt])[1]:
                 machine.say(f"warning: this CLIP reads {clip.context} tokens, the rest of '{prompt[:60]}' is cut off")
         cond = gpt.condition(embedding, "image" if cfg.image else "text").expand(count, -1)
-        made, spent = draw(gpt, vqgan, cond, uniforms(cfg.seed, key, count, gpt.cfg.grid ** 2), options, machine, cfg.batch_size)
+        uniform = uniforms(cfg.seed, key, count, gpt.cfg.grid ** 2)                                     # (count, T)
+        made, spent = draw(gpt, vqgan, cond, uniform, options, machine, cfg.batch_size)
         made, seconds = [to_image(x) for x in made], seconds + spent
         if count > n:
             scores = similarity(clip, made, embedding[0])
@@ -124,7 +127,8 @@ def main():
         pictures += made
         labels.append(prompt)
     tokens = len(labels) * count * gpt.cfg.grid ** 2
-    machine.say(f"{len(labels) * count} pictures in {time.time() - begun:.1f} s; the GPT wrote {tokens / seconds:.0f} tokens/s")
+    machine.say(f"{len(labels) * count} pictures in {time.time() - begun:.1f} s; "
+                f"the GPT wrote {tokens / seconds:.0f} tokens/s")
     for i, p in enumerate(pictures):
         name = re.sub(r"\W+", "-", labels[i // n])[:60].strip("-")
         with whole(Path(cfg.out).with_suffix("") / f"{i // n:02d}-{name}-{i % n}.png") as f:

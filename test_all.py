@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-import prepare
 import sample
 import train_gpt
 import vqgan
@@ -49,7 +48,7 @@ def tiny_gpt(classic=False, fill=True, **changes):
 def tiny_vqgan(**changes):
     torch.manual_seed(0)
     return VQGAN(VQGANConfig(**{"image_size": 16, "patch": 2, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 32,
-                                "attn_resolutions": (4,), "codes": 32, "code_dim": 8, "l2_norm": True} | changes))
+                                "attn_resolutions": (4,), "codes": 32, "code_dim": 8, "l2_norm": True, "groups": 8} | changes))
 
 
 def some(*shape, seed=2):
@@ -482,7 +481,8 @@ def test_stages_end_to_end(world):
         assert [x["step"] for x in lines if "loss" in x] == list(range(1, steps + 1))
         assert all(math.isfinite(v) for x in lines for v in x.values())
     log = [json.loads(x) for x in (d / "out/toy/vqgan.jsonl").read_text().splitlines()]
-    assert "perplexity" in log[4] and "disc" in log[6] and any("val_loss" in x for x in log)
+    assert [x["step"] for x in log if "perplexity" in x] == [3, 4, 5, 6, 7, 8]       # quantised from step vq_start on
+    assert [x["step"] for x in log if "disc" in x] == [6, 7, 8] and [x["step"] for x in log if "val_loss" in x] == [4, 8]
     assert "knows nothing is ln 64 = 4.159" in said["train_gpt"] and "tokens/s" in said["sample"]
     assert "best 2 of 4 by CLIP" in said["sample"] and "out/toy/gpt.pt" in said["sample"]
     assert Image.open(d / "out/samples.png").size[0] >= 64 and len(list((d / "out/samples").glob("*.png"))) == 4
@@ -608,7 +608,7 @@ BAD = [
     ("vqgan.py --data=nowhere", "nowhere"), ("vqgan.py --data=empty", "no pictures in empty"),
     ("vqgan.py --data=rotten --out=out/r --workers=0", "read"), ("vqgan.py --clip=nowhere.pt", "nowhere.pt"),
     ("vqgan.py --clip=out/toy/vqgan.pt --out=out/x", "not a CLIP"), ("vqgan.py --image_size=30 --out=out/x", "image_size"),
-    ("vqgan.py --ch=20 --out=out/x", "32"), ("vqgan.py --bathc_size=3", "--batch_size"), ("vqgan.py out/x", "--name=value"),
+    ("vqgan.py --ch=20 --out=out/x", "--groups"), ("vqgan.py --bathc_size=3", "--batch_size"), ("vqgan.py out/x", "--name=value"),
     ("vqgan.py --device=gpu9", "--device"), ("vqgan.py --dtype=float16", "float16"),
     ("prepare.py --data=nowhere --out=x", "nowhere"), ("prepare.py --data=rotten --out=x", "none of"),
     ("prepare.py --vqgan=nowhere.pt --out=x", "nowhere.pt"), ("prepare.py --vqgan=out/toy/gpt.pt --out=x", "checkpoint of gpt"),

@@ -1,7 +1,9 @@
-"""Stage 0: a world small enough for any desk. Draws pictures of coloured things (a red bus, a small blue fish ...), with a
-caption for each in a file apart, and trains a small CLIP on drawings and captions. That CLIP stands in for OpenAI's, and
-like OpenAI's it has read captions; the VQGAN and the GPT of the later stages see the pictures alone. With OpenAI's
-weights and your own photos this stage is not needed."""
+"""Stage 0: a world small enough for any desk.
+
+Draws pictures of coloured things (a red bus, a small blue fish ...), with a caption for each in a file apart, and trains
+a small CLIP on drawings and captions. That CLIP stands in for OpenAI's, and like OpenAI's it has read captions; the
+VQGAN and the GPT of the later stages see the pictures alone. With OpenAI's weights and your own photos this stage is not
+needed."""
 import csv
 import json
 import math
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from common import (Amount, Clip, Count, Device, Dtype, Machine, Progress, Run, Whole, clip_package, configure, fail,
-                    learning_rate, load_clip, open_picture, save_grid, to_tensor, whole, write_json)
+                    learning_rate, load_clip, millions, open_picture, save_grid, to_tensor, whole, write_json)
 
 
 @dataclass
@@ -54,8 +56,8 @@ CAPTIONS = ("a {colour} {object}", "a {size} {colour} {object}", "a {colour} {ob
 
 
 def circle(x, y, r, n=40, start=0.0, turn=1.0):
-    return [(x + r * math.cos(2 * math.pi * (start + turn * i / n)), y + r * math.sin(2 * math.pi * (start + turn * i / n)))
-            for i in range(n + 1)]
+    angles = [2 * math.pi * (start + turn * i / n) for i in range(n + 1)]
+    return [(x + r * math.cos(a), y + r * math.sin(a)) for a in angles]
 
 
 def box(left, top, right, bottom):
@@ -93,10 +95,10 @@ def shapes(name):
         yield ("c", [(.062 * 16 * math.sin(a) ** 3, -.06 * (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a)
                       - math.cos(4 * a)) - .08) for a in (2 * math.pi * i / 60 for i in range(60))])
     elif name == "moon":
-        yield ("c", circle(0, 0, .95, 40, .125, .75) + circle(.33, -.33, .72, 40, .86, -.72)[4:-4])
+        yield ("c", circle(0, 0, .95, 40, .07, .61) + circle(.4, -.27, .77, 40, .705, -.665))
     elif name == "flower":
         yield ("k", box(-.06, .1, .06, 1))
-        yield from [("c", circle(.42 * math.cos(a), .42 * math.sin(a) - .3, .32)) for a in (math.pi * i / 3 for i in range(6))]
+        yield from [("c", circle(x, y, .32)) for x, y in circle(0, -.3, .42, 6)]
         yield ("w", circle(0, -.3, .24))
     elif name == "cup":
         yield from [("d", circle(.62, .05, .38)), ("b", circle(.62, .05, .2))]
@@ -111,7 +113,8 @@ def draw(size, object, colour, background, radius, x, y, shade):
     brightness changed by the factor `shade`. Returns a Pillow picture."""
     big = size * 4
     c = tuple(min(255, int(v * shade)) for v in COLOURS[colour])
-    fills = {"c": c, "d": tuple(int(v * 0.72) for v in c), "w": (255, 255, 255), "k": (64, 60, 62), "b": BACKGROUNDS[background]}
+    fills = {"c": c, "d": tuple(int(v * 0.72) for v in c), "w": (255, 255, 255), "k": (64, 60, 62),
+             "b": BACKGROUNDS[background]}
     im = Image.new("RGB", (big, big), BACKGROUNDS[background])
     pen = ImageDraw.Draw(im)
     for fill, points in shapes(object):
@@ -123,13 +126,13 @@ def draw_one(job):
     """Draw picture number i of the world into its file and return its row of captions.tsv."""
     folder, seed, i, size, split = job
     rng = np.random.default_rng((seed, i))
-    fact = {"object": rng.choice(OBJECTS), "colour": rng.choice(list(COLOURS)), "background": rng.choice(list(BACKGROUNDS)),
-            "size": rng.choice(list(SIZES))}
+    fact = {name: str(rng.choice(list(options))) for name, options in
+            (("object", OBJECTS), ("colour", COLOURS), ("background", BACKGROUNDS), ("size", SIZES))}
     x, y = rng.uniform(0.42, 0.58, 2)
     picture = draw(size, fact["object"], fact["colour"], fact["background"], rng.uniform(*SIZES[fact["size"]]), x, y,
                    rng.uniform(0.9, 1.1))
-    caption = str(rng.choice(CAPTIONS, p=(.3, .15, .2, .15, .1, .1))).replace("{size} ", "" if fact["size"] == "medium"
-                                                                         else "{size} ").format(**fact)
+    caption = str(rng.choice(CAPTIONS, p=(.3, .15, .2, .15, .1, .1)))
+    caption = caption.replace("{size} ", "" if fact["size"] == "medium" else "{size} ").format(**fact)
     path = f"{split}/{i:06d}.png"
     picture.save(f"{folder}/{path}", compress_level=1)
     return {"path": path, **fact, "caption": caption, "split": split}
@@ -177,28 +180,30 @@ def zero_shot(clip, pictures, rows):
     """Share of pictures whose own "a {colour} {object}" is nearest among all such prompts."""
     pairs = [(c, o) for c in COLOURS for o in OBJECTS]
     texts = clip.text([f"a {c} {o}" for c, o in pairs])                                           # (96, D)
-    images = torch.cat([clip.image(shrink(to_tensor(p), clip.size).to(clip.device)) for p in np.array_split(pictures, 20)])
+    images = torch.cat([clip.image(shrink(to_tensor(part), clip.size).to(clip.device))
+                        for part in np.array_split(pictures, 20)])                                # (N, D)
     hits = (images @ texts.T).argmax(1).tolist()
     return float(np.mean([pairs[h] == (r["colour"], r["object"]) for h, r in zip(hits, rows)]))
 
 
 def shrink(pixels, size):
-    return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True) if pixels.shape[-1] != size else pixels
+    """Pictures (B, 3, S, S) -> (B, 3, size, size)."""
+    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True) if pixels.shape[-1] != size else pixels
 
 
 def main():
     cfg = configure(Config)
     machine = Machine(cfg.device, cfg.dtype)
     run = Run("toy", cfg, machine, {})
-    machine.say(f"toy: {cfg.train_pictures} + {cfg.heldout_pictures} drawings of {cfg.image_size} px in {cfg.data}, then a "
-                f"CLIP of them in {cfg.max_steps} steps of {cfg.batch_size}, on {machine}; writes {cfg.out}/clip.pt")
+    machine.say(f"toy: {cfg.train_pictures} + {cfg.heldout_pictures} drawings of {cfg.image_size} px in {cfg.data}, then "
+                f"a CLIP of them in {cfg.max_steps} steps of {cfg.batch_size}, on {machine}; writes {cfg.out}/clip.pt")
     draw_world(cfg)
 
     torch.manual_seed(cfg.seed)
     size = cfg.image_size // 32 * 32
     model = clip_package()[0].CLIP(cfg.embed_dim, size, (1, 1, 1, 1), cfg.vision_width, None, cfg.context, 49408,
                                    cfg.text_width, cfg.text_width // 64, cfg.text_layers).to(machine.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.0, (0.9, 0.98), weight_decay=0.05, fused=machine.fused)
     if run.resume:
         model.load_state_dict(run.resume["model"])
         optimizer.load_state_dict(run.resume["optimizer"])
@@ -206,14 +211,14 @@ def main():
     clip = Clip(model, "toy", machine.device)
     captions, index = np.unique([r["caption"] for r in rows], return_inverse=True)
     texts = clip.tokenize(captions.tolist())[0]                                                   # (captions, context)
-    machine.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(captions)} different captions")
+    machine.say(f"{millions(model)}, {len(captions)} different captions")
     bar = Progress(cfg.max_steps, run.step)
     for step in range(run.step, cfg.max_steps):
         rng = np.random.default_rng((cfg.seed, 1, step))
         batch = rng.choice(len(pictures), cfg.batch_size)
         pixels = shrink(to_tensor(pictures[batch]).to(machine.device), size)                      # (B, 3, S, S)
         same = torch.as_tensor(index[batch][:, None] == index[batch][None]).float().to(machine.device)
-        target = same / same.sum(1, keepdim=True)                                                 # (B, B): equal captions share
+        target = same / same.sum(1, keepdim=True)                                                 # (B, B) equals share
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg.learning_rate, cfg.warmup, cfg.max_steps)
         with machine.autocast():

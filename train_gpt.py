@@ -1,9 +1,9 @@
 """Stage 3: learn to write tokens behind a CLIP embedding.
 
 The GPT sees [embedding] t0 t1 t2 ... and predicts each next token: next-word prediction, where the words are codes of a
-picture and the first "word" is what CLIP sees in that picture. Trained on pictures alone, it is handed the embedding of a
-text when sampling. So that it forgives the difference, the embedding is centred and gets noise; and in a tenth of the rows
-it is withheld, which is what classifier-free guidance needs."""
+picture and the first "word" is what CLIP sees in that picture. Trained on pictures alone, it is handed the embedding of
+a text when sampling. So that it forgives the difference, the embedding is centred and gets noise; and in a tenth of the
+rows it is withheld, which is what classifier-free guidance needs."""
 import json
 import math
 import time
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (Amount, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, fail, file_sha256,
-                    learning_rate, load_vqgan, save_grid, sha256, to_image)
+from common import (Amount, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, fail,
+                    file_sha256, learning_rate, load_vqgan, millions, save_grid, to_image)
 from model import GPT, GPTConfig
 
 
@@ -50,7 +50,7 @@ class Config:
 
 
 def open_dump(folder):
-    """A dump of prepare.py -> (meta, {"train": (tokens, embeddings), "val": ...}) as memory maps, after checking them."""
+    """A dump of prepare.py -> (meta, {"train": (tokens, embeddings), "val": ...}), checked and memory-mapped."""
     path = Path(folder, "meta.json")
     if not path.is_file():
         fail(f"there is no dump in {folder} (no meta.json); make one with prepare.py --out={folder}")
@@ -72,8 +72,8 @@ def open_dump(folder):
 
 
 def make_batches(tokens, clip, cfg):
-    """A function from step to that step's global batch, a pure function of (seed, step): tokens (B, T), embeddings (B, D),
-    noise (B, D), drop (B,). Every epoch goes through all rows in a new order."""
+    """A function from step to that step's global batch, a pure function of (seed, step): tokens (B, T), embeddings
+    (B, D), noise (B, D), drop (B,). Every epoch goes through all rows in a new order."""
     orders = {}
 
     def batch(step):
@@ -111,7 +111,7 @@ def main():
     params = list(model.parameters())
     optimizer = torch.optim.AdamW([{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
                                    {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}],
-                                  lr=0.0, betas=(0.9, 0.95), fused=machine.device.type in ("cpu", "cuda"))
+                                  lr=0.0, betas=(0.9, 0.95), fused=machine.fused)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     if run.resume:
         for part, state in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (scaler, "scaler")):
@@ -120,8 +120,8 @@ def main():
     val_tokens, val_clip = (torch.from_numpy(np.array(a[:cfg.eval_rows]).astype(t)) for a, t in
                             zip(arrays["val"] if meta["val_rows"] else arrays["train"], (np.int64, np.float32)))
     know_nothing = math.log(meta["codes"])
-    machine.say(f"gpt: {sum(p.numel() for p in params) / 1e6:.2f} M parameters; {meta['train_rows']} rows of {meta['tokens']} "
-                f"tokens in {cfg.data}, {len(val_tokens)} to validate on; {cfg.max_steps} steps of {cfg.batch_size} on {machine}; "
+    machine.say(f"gpt: {millions(model)}; {meta['train_rows']} rows of {meta['tokens']} tokens in {cfg.data}, "
+                f"{len(val_tokens)} to validate on; {cfg.max_steps} steps of {cfg.batch_size} on {machine}; "
                 f"writes {run.final}\nthe loss of a model that knows nothing is ln {meta['codes']} = {know_nothing:.3f}")
 
     def put(x):
@@ -164,7 +164,7 @@ def main():
             if machine.rank == 0:
                 grid(Path(cfg.out, "grid.png"), ema, vqgan, val_tokens[:8], val_clip[:8], machine)
             run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict(), rng=torch.get_rng_state(), network=asdict(gcfg), sha256=sha256(ema.state_dict()),
+                     scaler=scaler.state_dict(), rng=torch.get_rng_state(), network=asdict(gcfg),
                      **{k: meta[k] for k in ("vqgan_sha256", "clip", "clip_sha256")}, vqgan=cfg.vqgan or meta["vqgan"])
     run.finish()
     machine.say(f"wrote {run.final} and {cfg.out}/grid.png; next: python sample.py \"a red bus\" --gpt={run.final}")
@@ -192,12 +192,13 @@ def grid(path, model, vqgan, tokens, clip, machine):
 def check(cfg, meta, vqgan_sha, machine):
     """Refuse what does not fit together."""
     if vqgan_sha != meta["vqgan_sha256"]:
-        fail(f"{cfg.data} was made with another VQGAN than {cfg.vqgan or meta['vqgan']} (the hashes differ); name that one with "
-             f"--vqgan, or prepare again")
+        fail(f"{cfg.data} was made with another VQGAN than {cfg.vqgan or meta['vqgan']} (the hashes differ); name that "
+             f"one with --vqgan, or prepare again")
     if cfg.n_embd % cfg.n_head or (not cfg.classic and cfg.n_embd // cfg.n_head % 4):
         fail(f"--n_embd={cfg.n_embd} must be --n_head={cfg.n_head} times a multiple of 4")
     if cfg.batch_size % (machine.world * cfg.accumulate):
-        fail(f"--batch_size={cfg.batch_size} does not divide over {machine.world} processes x --accumulate={cfg.accumulate}")
+        fail(f"--batch_size={cfg.batch_size} does not divide by {machine.world} processes x "
+             f"--accumulate={cfg.accumulate}")
 
 
 if __name__ == "__main__":

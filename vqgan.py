@@ -1,10 +1,10 @@
 """Stage 1: learn to write a picture as a few tokens and to read it back (VQGAN, Esser et al. 2021).
 
 An encoder shrinks the picture to a small grid of vectors, each vector is replaced by the nearest code of a learned
-codebook, a decoder paints the picture again. What is kept is what fits into the codes, so the losses decide what matters:
-pixels (L1 + L2), what CLIP's image encoder sees at several depths (perceptual), and late in training a discriminator
-that judges patches. Pictures alone are read, no captions."""
-import warnings
+codebook, a decoder paints the picture again. What is kept is what fits into the codes, so the losses decide what
+matters: pixels (L1 + L2), what CLIP's image encoder sees at several depths (perceptual), and late in training a
+discriminator that judges patches. Pictures alone are read, no captions."""
+import contextlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (Amount, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, crop, fail,
-                    held_out, learning_rate, list_pictures, load_clip, open_picture, save_grid, sha256, to_image, to_tensor)
+from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Progress, Run, Share, Whole, configure, crop,
+                    fail, held_out, learning_rate, list_pictures, load_clip, millions, open_picture, save_grid, sha256,
+                    to_image, to_tensor)
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
 
 
@@ -21,7 +22,7 @@ from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
 class Config:
     data: str = "data/toy/train"        # a folder of pictures, at any depth
     out: str = "out/vqgan"              # the run: vqgan.pt, vqgan.jsonl, recon.png
-    clip: str = "out/toy/clip.pt"       # whose image features the perceptual loss compares: ViT-B/32 and so on, or a file
+    clip: str = "out/toy/clip.pt"       # whose image features the perceptual loss compares: ViT-B/32 ..., or a file
     seed: Whole = 0
     # pictures
     image_size: Count = 64              # pixels a side
@@ -31,10 +32,11 @@ class Config:
     workers: Whole = 2                  # decoding processes
     # network
     patch: Count = 4                    # fold patch x patch pixels into channels first: 1 is taming's, 4 is 16x cheaper
-    ch: Count = 32                      # width of the first level, a multiple of 32
+    ch: Count = 32                      # width of the first level, a multiple of groups
     ch_mult: tuple = (1, 2, 4)          # widths of the levels, halving the grid between two
     num_res_blocks: Count = 1           # residual blocks a level
     attn_resolutions: tuple = (4,)      # grid sides that get attention
+    groups: Count = 8                   # of GroupNorm; 32 from --ch=128 on
     z_channels: Count = 128             # channels before the codebook's space
     codes: Count = 1024                 # size of the codebook
     code_dim: Count = 8                 # length of a code
@@ -47,12 +49,12 @@ class Config:
     disc_weight: Amount = 0.8           # its weight, times the adaptive weight
     disc_cap: Amount = 10.0             # upper bound of the adaptive weight
     # training
-    max_steps: Count = 700
-    batch_size: Count = 64              # pictures a step, over all processes
-    learning_rate: Amount = 2e-3        # peak, AdamW, warm-up then cosine
-    warmup: Whole = 50                  # steps of linear warm-up
+    max_steps: Count = 1000
+    batch_size: Count = 32              # pictures a step, over all processes
+    learning_rate: Amount = 4e-3        # peak, Muon on convolutions and AdamW on the rest; warm-up, then cosine
+    warmup: Whole = 30                  # steps of linear warm-up
     ema: Share = 0.99                   # decay of the moving average of the weights, which is what later stages use
-    eval_every: Count = 350             # steps between evaluations, each with a checkpoint and recon.png
+    eval_every: Count = 250             # steps between evaluations, each with a checkpoint and recon.png
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
     compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
@@ -92,8 +94,8 @@ class Batches(torch.utils.data.Dataset):
 
 def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
     """A function from CLIP's input (B, 3, C, C) to a list of feature maps, channels last, each unit length along its
-    channels: the four stages of a ResNet, or a ViT's tokens after these shares of its depth (as LPIPS, Zhang et al. 2018,
-    does with VGG's)."""
+    channels: the four stages of a ResNet, or a ViT's tokens after these shares of its depth (as LPIPS, Zhang et al.
+    2018, does with VGG's)."""
     resnet = hasattr(visual, "layer1")
     if resnet:
         layers = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
@@ -116,7 +118,7 @@ def main():
     machine = Machine(cfg.device, cfg.dtype)
     vcfg = check(cfg, machine)
     names = list_pictures(cfg.data)
-    train = [n for n in names if not held_out(n, cfg.val_percent)] or fail(f"no picture of {cfg.data} is left to train on")
+    train = [n for n in names if not held_out(n, cfg.val_percent)] or fail(f"all of {cfg.data} is held out, none left")
     val = [n for n in names if held_out(n, cfg.val_percent)] or train
     clip = load_clip(cfg.clip, machine.device)
     run = Run("vqgan", cfg, machine, {"clip": clip.sha256})
@@ -126,19 +128,25 @@ def main():
     disc = Discriminator().to(machine.device, memory_format=torch.channels_last)
     ema = VQGAN(vcfg).to(machine.device, memory_format=torch.channels_last).requires_grad_(False).eval()
     ema.load_state_dict(model.state_dict())
-    opts = [torch.optim.AdamW(m.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True) for m in (model, disc)]
-    scalers = [torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16) for _ in opts]
+
+    def adam(parameters):
+        return torch.optim.AdamW(parameters, 0.0, (0.9, 0.99), weight_decay=0.0, fused=machine.fused)
+    opts = {"muon": Muon([p for p in model.parameters() if p.dim() == 4]),  # the convolutions
+            "adam": adam([p for p in model.parameters() if p.dim() != 4]),  # biases, norms and the codebook
+            "disc": adam(disc.parameters())}
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     generator = torch.Generator().manual_seed(cfg.seed)
     if run.resume:
-        for part, state in ((model, "model"), (ema, "ema"), (disc, "disc"), (opts[0], "opt"), (opts[1], "disc_opt"),
-                            (scalers[0], "scaler"), (scalers[1], "disc_scaler")):
+        for part, state in ((model, "model"), (ema, "ema"), (disc, "disc"), (scaler, "scaler")):
             part.load_state_dict(run.resume[state])
+        for name, opt in opts.items():
+            opt.load_state_dict(run.resume["optimizers"][name])
         model.quantize.usage.copy_(run.resume["usage"])
         generator.set_state(run.resume["rng"])
     features = perceptual_features(clip.model.visual)
     side = cfg.image_size // vcfg.factor
-    machine.say(f"vqgan: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {cfg.image_size} px -> {side} x {side} "
-                f"tokens of {cfg.codes} codes; {len(train)} pictures of {cfg.data} to train on, {len(val)} held out; "
+    machine.say(f"vqgan: {millions(model)}, {cfg.image_size} px -> {side} x {side} tokens of {cfg.codes} codes; "
+                f"{len(train)} pictures of {cfg.data} to train on, {len(val)} held out; "
                 f"{cfg.max_steps} steps of {cfg.batch_size} on {machine}; writes {run.final}")
 
     def clip_input(x):
@@ -153,16 +161,19 @@ def main():
         if cfg.perceptual:
             with torch.no_grad():
                 real = features(clip_input(x))
-            percept = sum((a - b).square().sum(-1).mean() for a, b in zip(real, features(clip_input(recon)))) / len(real)
-        return recon, pixel + cfg.perceptual * percept + vq_loss, {"pixel": pixel, "perceptual": percept, "vq": vq_loss}, tokens, z
+            fake = features(clip_input(recon))
+            percept = sum((a - b).square().sum(-1).mean() for a, b in zip(real, fake)) / len(real)
+        parts = {"pixel": pixel, "perceptual": percept, "vq": vq_loss}
+        return recon, pixel + cfg.perceptual * percept + vq_loss, parts, tokens, z
 
     def to_device(batch):
         if batch is None:
             fail(f"too many pictures of {cfg.data} can't be read")
-        return (to_tensor(batch.numpy()).to(machine.device, memory_format=torch.channels_last) * 2 - 1)    # (B, 3, S, S)
+        x = to_tensor(batch.numpy()).to(machine.device, memory_format=torch.channels_last)
+        return x * 2 - 1                                                               # (B, 3, S, S) in [-1, 1]
 
     batches = Batches(cfg.data, train, cfg, machine.rank, machine.world)
-    fixed = np.stack([crop(open_picture(Path(cfg.data, n)), cfg.image_size) for n in val[:256]])           # evaluation's
+    fixed = validation_pictures(cfg, val)                                              # (V, S, S, 3)
     bar, bad = Progress(cfg.max_steps, run.step), set()
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(run.step, cfg.max_steps),
                                          num_workers=cfg.workers)
@@ -175,9 +186,9 @@ def main():
         if step == cfg.vq_start and cfg.vq_start > 0:
             with torch.no_grad(), machine.autocast():  # encoder outputs of the next batches, on every rank the same
                 some = Batches(cfg.data, train, cfg)
-                z = torch.cat([model(to_device(some[(step + i) % cfg.max_steps][0]), quantized=False)[3] for i in range(16)])
+                z = torch.cat([model(to_device(some[step + i][0]), quantized=False)[3] for i in range(16)])
             model.quantize.kmeans(z, generator)
-        for opt in opts:
+        for opt in opts.values():
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, cfg.learning_rate, cfg.warmup, cfg.max_steps)
 
@@ -185,24 +196,24 @@ def main():
             recon, loss, parts, tokens, z = losses(model, x, quantized)
             if adversarial:
                 gan = -disc(recon).mean()
-                # the adaptive weight: both losses pull equally at the decoder's last layer (Esser et al., eq. 7), capped
+                # the adaptive weight: both losses pull equally at the decoder's last layer (Esser et al. eq. 7), capped
                 last = model.decoder.conv_out.weight
                 pull, push = (torch.autograd.grad(l, last, retain_graph=True)[0].norm() for l in (loss, gan))
                 loss = loss + cfg.disc_weight * (pull / (push + 1e-6)).clamp(max=cfg.disc_cap).detach() * gan
                 parts["gan"] = gan
-        opts[0].zero_grad()
-        scalers[0].scale(loss).backward()
+        model.zero_grad()
+        scaler.scale(loss).backward()
         machine.average_gradients(model.parameters())
-        scalers[0].step(opts[0])
-        scalers[0].update()
+        scaler.step(opts["muon"])
+        scaler.step(opts["adam"])
         if adversarial:
             with machine.autocast():
                 parts["disc"] = disc_loss = hinge_loss(disc(x), disc(recon.detach()))
-            opts[1].zero_grad()
-            scalers[1].scale(disc_loss).backward()
+            disc.zero_grad()
+            scaler.scale(disc_loss).backward()
             machine.average_gradients(disc.parameters())
-            scalers[1].step(opts[1])
-            scalers[1].update()
+            scaler.step(opts["disc"])
+        scaler.update()
 
         facts = {}
         if quantized:
@@ -235,11 +246,23 @@ def main():
             if machine.rank == 0:
                 save_grid(Path(cfg.out, "recon.png"), shown, len(shown) // 2)
             run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), disc=disc.state_dict(),
-                     opt=opts[0].state_dict(), disc_opt=opts[1].state_dict(), scaler=scalers[0].state_dict(),
-                     disc_scaler=scalers[1].state_dict(), usage=model.quantize.usage, rng=generator.get_state(),
+                     optimizers={k: o.state_dict() for k, o in opts.items()}, scaler=scaler.state_dict(),
+                     usage=model.quantize.usage, rng=generator.get_state(),
                      network=asdict(vcfg), sha256=sha256(ema.state_dict()))
     run.finish()
-    machine.say(f"wrote {run.final} and {cfg.out}/recon.png; next: python prepare.py --vqgan={run.final} --data={cfg.data}")
+    machine.say(f"wrote {run.final} and {cfg.out}/recon.png; "
+                f"next: python prepare.py --vqgan={run.final} --data={cfg.data}")
+
+
+def validation_pictures(cfg, names, most=256):
+    """The first readable ones of the held-out pictures, centre crops, uint8 (V, S, S, 3)."""
+    pictures = []
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            pictures.append(crop(open_picture(Path(cfg.data, name)), cfg.image_size))
+        if len(pictures) == most:
+            break
+    return np.stack(pictures) if pictures else fail(f"none of the pictures of {cfg.data} held out can be read")
 
 
 def check(cfg, machine):
@@ -247,8 +270,8 @@ def check(cfg, machine):
     vcfg = VQGANConfig(**{f.name: getattr(cfg, f.name) for f in fields(VQGANConfig) if hasattr(cfg, f.name)})
     if cfg.image_size % vcfg.factor:
         fail(f"--image_size={cfg.image_size} does not divide by {vcfg.factor}, the factor of --patch and --ch_mult")
-    if cfg.ch % 32:
-        fail(f"--ch={cfg.ch} is no multiple of 32")
+    if cfg.ch % cfg.groups:
+        fail(f"--ch={cfg.ch} does not divide by --groups={cfg.groups}")
     if cfg.batch_size % machine.world:
         fail(f"--batch_size={cfg.batch_size} does not divide over {machine.world} processes")
     return vcfg
