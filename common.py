@@ -59,6 +59,8 @@ def parse(text, hint):
         return tuple(parse(part, Count) for part in text.split(",") if part)
     if hint is bool:
         hint, options, text = str, ("True", "False"), text.capitalize()
+    if hint is str and text.startswith("~"):
+        return os.path.expanduser(text)
     try:
         value = hint(text)
     except ValueError:

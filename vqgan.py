@@ -43,18 +43,18 @@ class Config:
     l2_norm: bool = True                # compare unit-length codes
     # losses
     beta: Amount = 0.25                 # weight of the commitment loss
-    perceptual: Amount = 1.0            # weight of the distance between CLIP features
+    perceptual: Amount = 0.5            # weight of the distance between CLIP features
     vq_start: Whole = 150               # steps without quantisation, after which k-means lays the codebook
     disc_start: Whole = 1000000         # step at which the discriminator starts to count
     disc_weight: Amount = 0.8           # its weight, times the adaptive weight
     disc_cap: Amount = 10.0             # upper bound of the adaptive weight
     # training
-    max_steps: Count = 1000
+    max_steps: Count = 1100
     batch_size: Count = 32              # pictures a step, over all processes
     learning_rate: Amount = 4e-3        # peak, Muon on convolutions and AdamW on the rest; warm-up, then cosine
     warmup: Whole = 30                  # steps of linear warm-up
     ema: Share = 0.99                   # decay of the moving average of the weights, which is what later stages use
-    eval_every: Count = 250             # steps between evaluations, each with a checkpoint and recon.png
+    eval_every: Count = 275             # steps between evaluations, each with a checkpoint and recon.png
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
     compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
