@@ -281,14 +281,119 @@ def load_checkpoint(path, stage):
     """Read a checkpoint of `stage` ("toy", "vqgan" or "gpt"), memory-mapped; nothing in it is run."""
     if not Path(path).is_file():
         fail(f"there is no {stage} checkpoint {path}; train one first or name another")
+    class Inert:
+        """Stands where Lightning's checkpoints name a class of its own; keeps nothing and does nothing."""
+    lightning = [(Inert, f"pytorch_lightning.callbacks.{x}") for x in ("model_checkpoint.ModelCheckpoint",
+                                                                     "early_stopping.EarlyStopping")]
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(lightning):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=torch_zip(path))
+        checkpoint = adopt(checkpoint) or checkpoint
     except Exception as e:
-        fail(f"{path} is no readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:100]})")
+        fail(f"{path} is no checkpoint that can be read without running code in it "
+             f"({type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]})")
     found = checkpoint.get("stage", "another program") if isinstance(checkpoint, dict) else "another program"
     if found != stage:
         fail(f"{path} is a checkpoint of {found}, a {stage} checkpoint is needed")
     return checkpoint
+
+
+def torch_zip(path):
+    """Whether a file has torch's zip form, the one that can be memory-mapped (older files have not)."""
+    with open(path, "rb") as f:
+        return f.read(4) == b"PK\x03\x04"
+
+
+# Weights published by others: the names they have there -> the names they have here.
+HFAI_BLOCK = {"block.0": "norm1", "block.2": "conv1", "block.3": "norm2", "block.6": "conv2",
+              "shortcut": "nin_shortcut"}
+HFAI_MID = {"mid.0": "mid.block_1", "mid.1": "mid.attn_1", "mid.2": "mid.block_2"}
+HFAI_ENDS = {"encoder.final.0": "encoder.norm_out", "encoder.final.2": "encoder.conv_out",
+             "encoder.final.3": "quant_conv", "decoder.final.0": "decoder.norm_out",
+             "decoder.final.2": "decoder.conv_out", "decoder.quant_conv_in": "post_quant_conv",
+             "quantizer.embedding": "quantize.embedding"}
+HFAI_GPT = {"encoder.norm1": "ln_1", "encoder.norm2": "ln_2", "encoder.self_attn.in_proj_": "qkv.", "norm": "ln_f",
+            "encoder.self_attn.out_proj": "proj", "encoder.linear1": "fc", "encoder.linear2": "fc_out"}
+
+
+def renamed(name, table):
+    """The name with the first entry of the table that starts it, or one of its dotted parts, replaced."""
+    for old, new in table.items():
+        name, n = re.subn(rf"(^|\.){re.escape(old)}(?=\.|$|weight|bias)", rf"\g<1>{new}", name, count=1)
+        if n:
+            break
+    return name
+
+
+def from_hfai_vqgan(weights):
+    """HFAiLab/clip-gen's VQGAN -> taming-transformers' names. Its levels lie in one flat list, attention is a
+    nn.MultiheadAttention of one head, and the discriminator comes along."""
+    weights, places = {k: v for k, v in weights.items() if not k.startswith("discriminator.")}, {}
+    for half in ("encoder.down", "decoder.up"):
+        kinds = {}
+        for name in weights:
+            if name.startswith(half + "."):
+                n, kind = name[len(half) + 1:].split(".")[:2]
+                kinds.setdefault(int(n), set()).add(kind)
+        up = half == "decoder.up"
+        depth, j = sum("conv" in k for k in kinds.values()) if up else 0, -1
+        for n in sorted(kinds):
+            j += "block" in kinds[n]
+            if "conv" in kinds[n]:
+                places[f"{half}.{n}"] = f"{half}.{depth}.{'upsample' if up else 'downsample'}"
+                depth, j = depth + (-1 if up else 1), -1
+            else:
+                places[f"{half}.{n}"] = f"{half}.{depth}.{'block' if 'block' in kinds[n] else 'attn'}.{j}"
+    out = {}
+    for name, x in weights.items():
+        head, tail = re.fullmatch(r"((?:encoder\.down|decoder\.up)\.\d+|(?:\w+\.)?mid\.\d|)\.?(.*)", name).groups()
+        where = places.get(head) or renamed(head, HFAI_MID)
+        if tail.startswith("attn.in_proj_"):
+            for part, y in zip("qkv", x.chunk(3)):
+                out[f"{where}.{part}.{tail[13:]}"] = y[..., None, None] if y.dim() == 2 else y
+        elif tail.startswith("attn.out_proj."):
+            out[f"{where}.proj_out.{tail[14:]}"] = x[..., None, None] if x.dim() == 2 else x
+        else:
+            out[f"{where}.{renamed(tail, HFAI_BLOCK)}" if where else renamed(name, HFAI_ENDS)] = x
+    return out
+
+
+def vqgan_shape(weights, eps):
+    """The VQGANConfig that taming-transformers' weights fit, read from their shapes. They were all made for pictures
+    that give 16 x 16 tokens, which is what no shape tells."""
+    levels = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("encoder.down."))
+    ch, side = weights["encoder.conv_in.weight"].shape[0], 16 * 2 ** (levels - 1)
+    return VQGANConfig(
+        image_size=side, ch=ch, eps=eps, z_channels=weights["encoder.conv_out.weight"].shape[0],
+        ch_mult=tuple(weights[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)),
+        num_res_blocks=sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in weights),
+        attn_resolutions=tuple(side >> i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in weights),
+        codes=weights["quantize.embedding.weight"].shape[0], code_dim=weights["quantize.embedding.weight"].shape[1])
+
+
+def adopt(checkpoint, n_head=None):
+    """A checkpoint of taming-transformers or of HFAiLab/clip-gen -> the same in this project's form; else None. The
+    heads of a GPT, which no shape tells, are of 64 numbers each, as published, unless n_head says otherwise."""
+    weights, eps = checkpoint.get("state_dict"), 1e-6
+    if weights is None and "epoch" in checkpoint:
+        weights, eps = checkpoint.get("model", {}), 1e-5
+    if not weights:
+        return None
+    if "encoder.conv_in.weight" in weights:
+        if "quantizer.embedding.weight" in weights:
+            weights = from_hfai_vqgan(weights)
+        weights = {k: v for k, v in weights.items() if not k.startswith("loss.")}
+        return {"stage": "vqgan", "ema": weights, "network": dataclasses.asdict(vqgan_shape(weights, eps)),
+                "sha256": sha256(weights)}
+    if "pos_emb" in weights and "cond_proj.weight" in weights:
+        weights = {renamed(k, HFAI_GPT): v for k, v in weights.items() if not k.endswith(".mask")}
+        _, t, c = weights["pos_emb"].shape
+        layers = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+        network = GPTConfig(weights["tok_emb.weight"].shape[0], math.isqrt(t), weights["cond_proj.weight"].shape[1],
+                            layers, n_head or c // 64, c, classic=True)
+        weights |= {"pos_emb": weights["pos_emb"][0], "means": torch.zeros(2, network.cond_dim)}
+        return {"stage": "gpt", "ema": weights, "network": dataclasses.asdict(network), "clip": "ViT-B/32"}
+    return None
 
 
 def load_vqgan(path, device):
@@ -296,16 +401,23 @@ def load_vqgan(path, device):
     checkpoint = load_checkpoint(path, "vqgan")
     cfg = VQGANConfig(**checkpoint["network"])
     model = VQGAN(cfg)
-    model.load_state_dict(checkpoint["ema"])
+    fill(model, checkpoint["ema"], path)
     model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     return model, checkpoint["sha256"], cfg
+
+
+def fill(model, weights, path):
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        fail(f"the weights in {path} do not fit the network it describes ({' '.join(str(e).split())[:160]})")
 
 
 def load_gpt(path, device):
     """A GPT's checkpoint -> (its averaged network, the checkpoint's other entries)."""
     checkpoint = load_checkpoint(path, "gpt")
     model = GPT(GPTConfig(**checkpoint["network"]))
-    model.load_state_dict(checkpoint["ema"])
+    fill(model, checkpoint["ema"], path)
     return model.requires_grad_(False).eval().to(device), checkpoint
 
 
@@ -336,17 +448,21 @@ class Run:
                 sys.exit(0)
             machine.say(f"going on from {path}, step {self.resume['step']}")
         self.step = self.resume["step"] if self.resume else 0
-        if machine.rank == 0:  # the log keeps every line up to the checkpoint, once
-            log = Path(cfg.out) / f"{stage}.jsonl"
-            lines = log.read_text().splitlines() if log.exists() else []
-            with whole(log) as f:
-                f.write_text("".join(x + "\n" for x in lines if self.step and json.loads(x)["step"] <= self.step))
-            self.log_file = open(log, "a", buffering=1)
+        self.log_file = None
 
     def log(self, **facts):
-        if self.machine.rank == 0:
-            self.log_file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
-                                            for k, v in facts.items()}) + "\n")
+        """Add a line to the log. The first call of a run that goes on drops the lines after its checkpoint, so that
+        every step stands there once."""
+        if self.machine.rank > 0:
+            return
+        if not self.log_file:
+            path = self.path.with_suffix(".jsonl")
+            lines = path.read_text().splitlines() if self.step and path.exists() else []
+            with whole(path) as f:
+                f.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] <= self.step))
+            self.log_file = open(path, "a", buffering=1)
+        facts = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in facts.items()}
+        self.log_file.write(json.dumps(facts) + "\n")
 
     def save(self, step, **state):
         """Write the checkpoint of `step`: config, hashes of the inputs and `state`."""

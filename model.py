@@ -29,7 +29,7 @@ class VQGANConfig:
     codes: int = 16384                    # size K of the codebook
     code_dim: int = 256                   # length of a code
     l2_norm: bool = False                 # compare unit-length codes (Yu et al. 2022) instead of plain L2 ones
-    groups: int = 32                      # of GroupNorm; fewer for widths under 128, where 32 would wash out the colours
+    groups: int = 32                      # of GroupNorm; fewer for widths under 128, where 32 wash out the colours
     eps: float = 1e-6                     # of GroupNorm
 
     @property

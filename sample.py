@@ -75,12 +75,15 @@ def load(cfg, machine):
         found = sorted(Path("out").glob("**/gpt.pt"), key=lambda p: p.stat().st_mtime)
         path = found[-1] if found else fail("there is no finished GPT under out/; run make demo, or train_gpt.py")
     gpt, meta = load_gpt(path, machine.device)
-    vqgan_path, clip_name = cfg.vqgan or meta["vqgan"], cfg.clip or meta["clip"]
+    vqgan_path, clip_name = cfg.vqgan or meta.get("vqgan"), cfg.clip or meta["clip"]
+    if not vqgan_path:
+        fail(f"{path} does not say which VQGAN it goes with; name it with --vqgan=FILE")
     vqgan, sha, vcfg = load_vqgan(vqgan_path, machine.device)
-    if sha != meta["vqgan_sha256"]:
+    shape = (vcfg.codes, vcfg.image_size // vcfg.factor)
+    if sha != meta.get("vqgan_sha256", sha) or shape != (gpt.cfg.codes, gpt.cfg.grid):
         fail(f"{path} was trained on tokens of another VQGAN than {vqgan_path}; name that one with --vqgan")
     clip = load_clip(clip_name, machine.device)
-    if clip.sha256 != meta["clip_sha256"]:
+    if clip.sha256 != meta.get("clip_sha256", clip.sha256) or clip.dim != gpt.cfg.cond_dim:
         fail(f"{path} was trained on embeddings of another CLIP than {clip_name}; name that one with --clip")
     machine.say(f"sample: {path}, {vqgan_path}, {clip_name} on {machine}")
     return gpt, vqgan, clip
@@ -102,7 +105,7 @@ def main():
     options = {k: v if getattr(cfg, k) is None else getattr(cfg, k) for k, v in
                (CLASSIC if gpt.cfg.classic else MODERN).items()}
     if gpt.cfg.classic and options["cfg"] != 1:
-        fail(f"--cfg={options['cfg']} needs a GPT trained with dropped conditions, and a classic one is not; use --cfg=1")
+        fail(f"--cfg={options['cfg']} needs a GPT trained with dropped conditions, which classic is not; use --cfg=1")
     n, count = options["n"], max(options["n"], options["candidates"])
 
     pictures, labels, begun, seconds = [], [], time.time(), 0.0

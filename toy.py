@@ -1,9 +1,9 @@
 """Stage 0: a world small enough for any desk.
 
-Draws pictures of coloured things (a red bus, a small blue fish ...), with a caption for each in a file apart, and trains
-a small CLIP on drawings and captions. That CLIP stands in for OpenAI's, and like OpenAI's it has read captions; the
-VQGAN and the GPT of the later stages see the pictures alone. With OpenAI's weights and your own photos this stage is not
-needed."""
+Draws pictures of coloured things (a red bus, a small blue fish ...), with a caption for each in a file apart, and
+trains a small CLIP on drawings and captions. That CLIP stands in for OpenAI's, and like OpenAI's it has read captions;
+the VQGAN and the GPT of the later stages see the pictures alone. With OpenAI's weights and your own photos this stage
+is not needed."""
 import csv
 import json
 import math
@@ -195,8 +195,9 @@ def main():
     cfg = configure(Config)
     machine = Machine(cfg.device, cfg.dtype)
     run = Run("toy", cfg, machine, {})
-    machine.say(f"toy: {cfg.train_pictures} + {cfg.heldout_pictures} drawings of {cfg.image_size} px in {cfg.data}, then "
-                f"a CLIP of them in {cfg.max_steps} steps of {cfg.batch_size}, on {machine}; writes {cfg.out}/clip.pt")
+    machine.say(f"toy: {cfg.train_pictures} + {cfg.heldout_pictures} drawings of {cfg.image_size} px in {cfg.data}, "
+                f"then a CLIP of them in {cfg.max_steps} steps of {cfg.batch_size}, on {machine}; "
+                f"writes {cfg.out}/clip.pt")
     draw_world(cfg)
 
     torch.manual_seed(cfg.seed)

@@ -122,7 +122,8 @@ def main():
     know_nothing = math.log(meta["codes"])
     machine.say(f"gpt: {millions(model)}; {meta['train_rows']} rows of {meta['tokens']} tokens in {cfg.data}, "
                 f"{len(val_tokens)} to validate on; {cfg.max_steps} steps of {cfg.batch_size} on {machine}; "
-                f"writes {run.final}\nthe loss of a model that knows nothing is ln {meta['codes']} = {know_nothing:.3f}")
+                f"writes {run.final}")
+    machine.say(f"the loss of a model that knows nothing is ln {meta['codes']} = {know_nothing:.3f}")
 
     def put(x):
         return x.to(machine.device, non_blocking=True)
