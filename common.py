@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -448,7 +449,18 @@ class Run:
                 sys.exit(0)
             machine.say(f"going on from {path}, step {self.resume['step']}")
         self.step = self.resume["step"] if self.resume else 0
-        self.log_file = None
+        self.log_file, self.stopping, self.pid = None, False, os.getpid()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def stop(self, *_):
+        """Ctrl-C or a polite kill: the step under way is finished and saved first; a second time stops at once."""
+        if os.getpid() != self.pid:  # a worker process, which ends with its parent
+            return
+        if self.stopping:
+            sys.exit(130)
+        self.stopping = True
+        self.machine.say("stopping after this step")
 
     def log(self, **facts):
         """Add a line to the log. The first call of a run that goes on drops the lines after its checkpoint, so that
@@ -469,6 +481,10 @@ class Run:
         if self.machine.rank == 0:
             with whole(self.path) as f:
                 torch.save({"stage": self.stage, "config": self.cfg, "depends": self.depends, "step": step, **state}, f)
+
+        if self.stopping:
+            self.machine.say(f"saved {self.path} at step {step}; the same command goes on from there")
+            sys.exit(130)
 
     def finish(self):
         if self.machine.rank == 0:

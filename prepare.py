@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from common import (HOW, Amount, Count, Device, Dtype, Machine, Progress, Share, Whole, configure, crop, fail,
-                    file_sha256, held_out, list_pictures, load_clip, load_vqgan, open_picture, show, to_tensor, whole,
-                    write_json)
+                    file_sha256, held_out, list_pictures, load_clip, load_vqgan, millions, open_picture, show, to_tensor,
+                    whole, write_json)
 
 
 @dataclass
@@ -102,8 +102,8 @@ def main():
     side = vcfg.image_size // vcfg.factor
     dtype = np.uint16 if vcfg.codes <= 65536 else np.uint32
     machine.say(f"prepare: {len(splits['train'])} pictures x {cfg.crops} crops and {len(splits['val'])} held out, from "
-                f"{cfg.data}; {side} x {side} tokens by {cfg.vqgan}, {clip.dim}-d embeddings by {clip.name}; "
-                f"on {machine}; writes {out}")
+                f"{cfg.data}; {side} x {side} tokens by {cfg.vqgan} ({millions(vqgan)}), {clip.dim}-d embeddings by "
+                f"{clip.name} ({millions(clip.model)}); on {machine}; writes {out}")
 
     @torch.no_grad()
     def run(pixels, clip_pixels):

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from common import (AutoAmount, AutoCount, AutoShare, AutoWhole, Count, Device, Dtype, Machine, Whole, configure, crop,
-                    fail, file_sha256, load_clip, load_gpt, load_vqgan, open_picture, save_grid, to_image, to_tensor,
-                    whole)
+                    fail, file_sha256, load_clip, load_gpt, load_vqgan, millions, open_picture, save_grid, to_image,
+                    to_tensor, whole)
 
 
 @dataclass
@@ -85,7 +85,7 @@ def load(cfg, machine):
     clip = load_clip(clip_name, machine.device)
     if clip.sha256 != meta.get("clip_sha256", clip.sha256) or clip.dim != gpt.cfg.cond_dim:
         fail(f"{path} was trained on embeddings of another CLIP than {clip_name}; name that one with --clip")
-    machine.say(f"sample: {path}, {vqgan_path}, {clip_name} on {machine}")
+    machine.say(f"sample: GPT {path} ({millions(gpt)}), VQGAN {vqgan_path}, CLIP {clip_name}, on {machine}")
     return gpt, vqgan, clip
 
 

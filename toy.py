@@ -36,11 +36,11 @@ class Config:
     text_layers: Count = 2              # its depth
     context: Count = 24                 # tokens of text it reads
     embed_dim: Count = 64               # size of the shared embedding
-    max_steps: Count = 250              # training steps
+    max_steps: Count = 300              # training steps
     batch_size: Count = 256             # pairs a step
     learning_rate: Amount = 2e-3        # peak, AdamW
     warmup: Whole = 40                  # steps of linear warm-up
-    save_every: Count = 125             # steps between checkpoints
+    save_every: Count = 150             # steps between checkpoints
     workers: Whole = 2                  # drawing processes
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
@@ -234,7 +234,7 @@ def main():
             model.logit_scale.clamp_(max=math.log(100))
         run.log(step=step + 1, loss=loss.item())
         bar(loss=loss.item())
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.max_steps:
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.max_steps or run.stopping:
             run.save(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
 
     with whole(f"{cfg.out}/clip.pt") as f:
@@ -243,6 +243,7 @@ def main():
     heldout, rows = read_world(cfg.data, "heldout")
     accuracy = zero_shot(clip, heldout, rows)
     save_grid(f"{cfg.out}/world.png", [Image.fromarray(p) for p in heldout[:96]], 12)
+    run.log(step=cfg.max_steps, zero_shot=accuracy)
     machine.say(f"toy CLIP names colour and object of {accuracy:.1%} of {len(rows)} held-out drawings; "
                 f"wrote {cfg.out}/clip.pt, {cfg.out}/world.png")
     run.finish()

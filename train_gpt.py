@@ -66,6 +66,10 @@ def open_dump(folder):
             if file_sha256(file) != meta["files"][name]:
                 fail(f"{file} is not the file prepare.py wrote (its hash differs); prepare again into another folder")
             arrays[name] = np.memmap(file, dtype, "r", shape=(rows, width)) if rows else np.zeros((0, width), dtype)
+        tokens = arrays["train_tokens.bin"]
+        if meta["grid"] ** 2 != meta["tokens"] or not len(tokens) or tokens.max() >= meta["codes"]:
+            fail(f"the tokens in {folder} do not fit a {meta['grid']} x {meta['grid']} grid of {meta['codes']} codes; "
+                 f"prepare again into another folder")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         fail(f"{path} is damaged ({type(e).__name__}: {e}); prepare again into another folder")
     return meta, {s: (arrays[f"{s}_tokens.bin"], arrays[f"{s}_clip.bin"]) for s in ("train", "val")}
@@ -158,12 +162,14 @@ def main():
         run.log(step=step + 1, loss=loss, grad_norm=norm.item(), time=time.time() - begun)
         bar(loss=loss, of=know_nothing, tokens_per_s=speed)
 
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps:
+        due = (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps
+        if due:
             val_loss = evaluate(ema, val_tokens, val_clip, machine)
             machine.say(f"step {step + 1}: validation loss {val_loss:.4f} (ln K {know_nothing:.3f})")
             run.log(step=step + 1, val_loss=val_loss)
             if machine.rank == 0:
                 grid(Path(cfg.out, "grid.png"), ema, vqgan, val_tokens[:8], val_clip[:8], machine)
+        if due or run.stopping:
             run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                      scaler=scaler.state_dict(), rng=torch.get_rng_state(), network=asdict(gcfg),
                      **{k: meta[k] for k in ("vqgan_sha256", "clip", "clip_sha256")}, vqgan=cfg.vqgan or meta["vqgan"])

@@ -49,12 +49,12 @@ class Config:
     disc_weight: Amount = 0.8           # its weight, times the adaptive weight
     disc_cap: Amount = 10.0             # upper bound of the adaptive weight
     # training
-    max_steps: Count = 1100
+    max_steps: Count = 1400
     batch_size: Count = 32              # pictures a step, over all processes
     learning_rate: Amount = 4e-3        # peak, Muon on convolutions and AdamW on the rest; warm-up, then cosine
     warmup: Whole = 30                  # steps of linear warm-up
     ema: Share = 0.99                   # decay of the moving average of the weights, which is what later stages use
-    eval_every: Count = 275             # steps between evaluations, each with a checkpoint and recon.png
+    eval_every: Count = 350             # steps between evaluations, each with a checkpoint and recon.png
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
     compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
@@ -231,7 +231,8 @@ def main():
         run.log(step=step + 1, loss=loss.item(), **facts)
         bar(loss=loss.item(), **facts)
 
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps:
+        due = (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps
+        if due:
             total, shown, used = 0.0, [], set()
             with torch.no_grad(), machine.autocast():
                 for part in np.array_split(fixed, -(-len(fixed) // 64)):
@@ -245,6 +246,7 @@ def main():
             run.log(step=step + 1, val_loss=total, val_codes=len(used))
             if machine.rank == 0:
                 save_grid(Path(cfg.out, "recon.png"), shown, len(shown) // 2)
+        if due or run.stopping:
             run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), disc=disc.state_dict(),
                      optimizers={k: o.state_dict() for k, o in opts.items()}, scaler=scaler.state_dict(),
                      usage=model.quantize.usage, rng=generator.get_state(),
