@@ -7,16 +7,20 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
+import tarfile
 import time
 import types
 import typing
 import urllib.request
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -38,7 +42,7 @@ AutoAmount, AutoShare = typing.Optional[Amount], typing.Optional[Share]
 Device = str
 Dtype = typing.Literal["auto", "float32", "bfloat16", "float16"]
 Compile = typing.Literal["auto", "True", "False"]
-HOW = ("out", "device", "compile", "workers")     # options that say where and how, and may differ when a run goes on
+HOW = ("out", "device", "compile", "workers", "trust_jit")  # say where and how, and may differ when a run goes on
 
 
 def fail(message):
@@ -73,11 +77,12 @@ def parse(text, hint):
     return value == "True" if options == ("True", "False") else value
 
 
-def configure(Config, argv=None):
+def configure(Config, argv=None, presets={}):
     """The command line -> an instance of the dataclass `Config`, whose fields are the options: --name=value.
 
-    Words without dashes go to the field `prompts`, where there is one. --help prints every field with its default and
-    the comment beside it. Unknown names and bad values end in one line and exit code 2.
+    Words without dashes go to the field `prompts`, where there is one. --preset=NAME sets the options of presets[NAME],
+    which any option given beside it overrides. --help prints every field with its default and the comment beside it.
+    Unknown names and bad values end in one line and exit code 2.
     """
     argv, values, words = sys.argv[1:] if argv is None else argv, {}, []
     fields = {f.name: f for f in dataclasses.fields(Config)}
@@ -87,6 +92,8 @@ def configure(Config, argv=None):
         print(inspect.getmodule(Config).__doc__.strip(), "\n\noptions, as --name=value:")
         for f in fields.values():
             print(f"  --{f.name + '=' + show(f.default):30s}  {comments.get(f.name, '')}")
+        for name, options in presets.items():
+            print(f"\n--preset={name} stands for " + " ".join(f"--{k}={show(v)}" for k, v in options.items()))
         sys.exit(0)
     for arg in argv:
         if not arg.startswith("--"):
@@ -104,6 +111,7 @@ def configure(Config, argv=None):
             fail(f"--{name}={text[:60]} makes no sense: it takes {e}")
     if words and "prompts" not in fields:
         fail(f"'{words[0][:60]}' is no option; options are written --name=value, and --help lists them")
+    values = presets.get(values.get("preset"), {}) | values
     return Config(**values, **({"prompts": tuple(words)} if words else {}))
 
 
@@ -432,9 +440,9 @@ class Run:
     def __init__(self, stage, cfg, machine, depends):
         self.stage, self.cfg, self.machine, self.depends = stage, dataclasses.asdict(cfg), machine, depends
         self.final, self.path = Path(cfg.out) / f"{stage}.pt", Path(cfg.out) / f"{stage}.ckpt"
-        self.resume = None
+        self.resume, self.dry, self.begun = None, getattr(cfg, "dry_run", False), 0.0
         path = self.final if self.final.exists() else self.path
-        if path.exists():
+        if path.exists() and not self.dry:
             self.resume = load_checkpoint(path, stage)
             old = self.resume["config"]
             differ = [k for k in self.cfg if k not in HOW and old.get(k) != self.cfg[k]]
@@ -465,7 +473,11 @@ class Run:
     def log(self, **facts):
         """Add a line to the log. The first call of a run that goes on drops the lines after its checkpoint, so that
         every step stands there once."""
-        if self.machine.rank > 0:
+        if self.dry and facts["step"] == 2:
+            self.begun = time.time()
+        if self.dry and facts["step"] == 7:
+            self.report()
+        if self.machine.rank > 0 or self.dry:
             return
         if not self.log_file:
             path = self.path.with_suffix(".jsonl")
@@ -475,6 +487,18 @@ class Run:
             self.log_file = open(path, "a", buffering=1)
         facts = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in facts.items()}
         self.log_file.write(json.dumps(facts) + "\n")
+
+    def report(self):
+        """The end of a dry run: after two steps to warm up, five were timed."""
+        seconds, steps = (time.time() - self.begun) / 5, self.cfg["max_steps"]
+        if self.machine.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.machine.say(f"dry run: {memory / 2 ** 30:.2f} GiB at most, {1 / seconds:.3g} steps/s, "
+                         f"{self.cfg['batch_size'] / seconds:.3g} rows/s; all {steps} steps would take "
+                         f"{seconds * steps / 3600:.2f} hours, evaluations apart; nothing was written")
+        sys.exit(0)
 
     def save(self, step, **state):
         """Write the checkpoint of `step`: config, hashes of the inputs and `state`."""
@@ -566,23 +590,40 @@ def clip_file(name):
     return path
 
 
-def load_clip(name, device="cpu"):
+def build_clip(weights):
+    """The state dict of any CLIP of OpenAI's form -> its network in float32, its weights exactly those."""
+    weights = {k: v for k, v in weights.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+    model = clip_package()[0].build_model(dict(weights)).float()  # rounds to half precision ...
+    model.load_state_dict(weights)                                # ... so the exact weights once more
+    return model.requires_grad_(False).eval()
+
+
+def load_clip(name, device="cpu", trust_jit=False):
     """A frozen CLIP in float32. `name` is one of OpenAI's published models, or a file: one of those, or a state dict of
-    the same form."""
+    the same form. Other TorchScript archives, which are programs, are read only with trust_jit."""
     path = clip_file(name) if name in CLIP_FILES else Path(name)
     if not path.is_file():
         fail(f"there is no CLIP {name}; give a file or one of {', '.join(CLIP_FILES)}")
     try:
-        if file_sha256(path) in CLIP_FILES.values():  # OpenAI's files are programs; these nine are known
+        if is_jit(path):
+            if not trust_jit and file_sha256(path) not in CLIP_FILES.values():
+                fail(f"{path} is a TorchScript archive and none of OpenAI's nine: to load it is to run code in it; "
+                     f"if you trust whoever made it, add --trust_jit=True")
             weights = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {k: v for k, v in weights.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-        model = clip_package()[0].build_model(dict(weights)).float()  # rounds to half precision ...
-        model.load_state_dict(weights)                                # ... so the exact weights once more
+        model = build_clip(weights)
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, EOFError, OSError, UnpicklingError) as e:
-        fail(f"{path} is not a CLIP that can be read without running code in it ({str(e).splitlines()[0][:100]})")
-    return Clip(model.requires_grad_(False).eval().to(device), name, device, sha256(weights))
+        fail(f"{path} is not a CLIP that can be read without running code in it ({' '.join(str(e).split())[:100]})")
+    return Clip(model.to(device), name, device, sha256(model.state_dict()))
+
+
+def is_jit(path):
+    """Whether a file is a TorchScript archive: a zip with a folder of code in it."""
+    if not torch_zip(path):
+        return False
+    with zipfile.ZipFile(path) as z:
+        return any("/code/" in n or n.endswith("constants.pkl") for n in z.namelist())
 
 
 class Clip:
@@ -629,13 +670,48 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".
             ".jp2", ".avif"}
 
 
-def list_pictures(folder):
-    """All picture files below `folder`, sorted, as paths relative to it."""
-    if not Path(folder).is_dir():
-        fail(f"there is no folder {folder}; --data takes a folder of pictures")
-    found = sorted(Path(root, f).relative_to(folder).as_posix() for root, _, files in os.walk(folder) for f in files
-                   if Path(f).suffix.lower() in SUFFIXES)
-    return found or fail(f"no pictures in {folder} (looked for {' '.join(sorted(SUFFIXES))})")
+class Pictures:
+    """The pictures of a folder, at any depth, or of .tar shards (one, a folder of them, or a pattern such as
+    shards/*.tar): sorted `names`, and `open(name)`. Members of a tar are read in place; nothing is ever unpacked."""
+
+    def __init__(self, data):
+        self.data, self.where = Path(data), {}  # where: name -> (tar, offset, bytes), for members of a tar
+        if self.data.is_dir():
+            files = [Path(root, f) for root, _, names in os.walk(data) for f in names]
+            shards = sorted(f for f in files if f.suffix.lower() == ".tar")
+            self.names = [f.relative_to(data).as_posix() for f in files if f.suffix.lower() in SUFFIXES]
+        else:
+            shards, self.names = sorted(Path().glob(data) if not self.data.is_absolute() else
+                                        Path("/").glob(str(self.data)[1:])), []
+            if not shards:
+                fail(f"there is no folder or .tar {data}; --data takes a folder of pictures, or tar shards of them")
+        for shard in shards:
+            self.index(shard, f"{shard.stem}/" if len(shards) > 1 else "")
+        self.names = sorted([*self.names, *self.where])
+        if not self.names:
+            fail(f"no pictures in {data} (looked for {' '.join(sorted(SUFFIXES))} and .tar)")
+
+    def index(self, shard, prefix):
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for m in tar:  # plain files only: no links, no devices
+                    if m.isreg() and not m.issparse() and Path(m.name).suffix.lower() in SUFFIXES:
+                        self.where[prefix + m.name.removeprefix("./")] = str(shard), m.offset_data, m.size
+        except (tarfile.TarError, OSError, ValueError) as e:
+            fail(f"{shard} is no tar that can be read ({e}); compressed ones must be unpacked first")
+
+    def open(self, name, size=0):
+        """A picture as RGB, whose short side is at least a quarter of `size`. Raises OSError or ValueError."""
+        if name in self.where:
+            shard, offset, length = self.where[name]
+            with open(shard, "rb") as f:
+                f.seek(offset)
+                picture = open_picture(io.BytesIO(f.read(min(length, 1 << 30))))
+        else:
+            picture = open_picture(self.data / name)
+        if min(picture.size) * 4 < size:
+            raise ValueError(f"{picture.width} x {picture.height} pixels are too few for {size}")
+        return picture
 
 
 def held_out(name, percent):

@@ -24,6 +24,7 @@ class Config:
     gpt: str = ""                       # as in sample.py
     vqgan: str = ""                     # as in sample.py
     clip: str = ""                      # as in sample.py
+    trust_jit: bool = False             # as in sample.py
     n: Count = 4                        # pictures a prompt
     cfg: AutoAmount = None              # as in sample.py
     temperature: AutoAmount = None      # as in sample.py

@@ -17,22 +17,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (HOW, Amount, Count, Device, Dtype, Machine, Progress, Share, Whole, configure, crop, fail,
-                    file_sha256, held_out, list_pictures, load_clip, load_vqgan, millions, open_picture, show, to_tensor,
-                    whole, write_json)
+from common import (HOW, Amount, Count, Device, Dtype, Machine, Pictures, Progress, Share, Whole, configure, crop, fail,
+                    file_sha256, held_out, load_clip, load_vqgan, millions, show, to_tensor, whole, write_json)
 
 
 @dataclass
 class Config:
-    data: str = "data/toy/train"        # a folder of pictures, at any depth
+    data: str = "data/toy/train"        # a folder of pictures, at any depth, or .tar shards of them
     out: str = "data/toy_tokens"        # the dump: a folder of its own
     vqgan: str = "out/toy/vqgan.pt"     # checkpoint of vqgan.py
     clip: str = "out/toy/clip.pt"       # ViT-B/32 and so on, or a file
+    trust_jit: bool = False             # run the code in a --clip file that is a TorchScript archive of unknown origin
     seed: Whole = 0                     # of the crops
     crops: Count = 2                    # rows of each training picture; the first is the plain centre crop
     min_zoom: Share = 0.9               # the others show between this share of the picture's short side and all of it
     flip: bool = True                   # mirror half of the others
     val_percent: Amount = 2.0           # of the pictures that are held out, chosen by name
+    max_bad: Share = 0.5                # stop if more of the pictures than this can't be read
     batch_size: Count = 128             # rows at a time through the networks
     chunk: Count = 1024                 # pictures a chunk
     workers: Whole = 2                  # decoding processes
@@ -54,8 +55,9 @@ class Chunks(torch.utils.data.Dataset):
     """Item c: the crops of pictures c*chunk .. , for the VQGAN (n, S, S, 3) and for CLIP (n, C, C, 3), both uint8
     and of the same part of the picture, and the pictures that failed, each with the reason."""
 
-    def __init__(self, names, cfg, size, clip_size, crops):
-        self.names, self.cfg, self.size, self.clip_size, self.crops = names, cfg, size, clip_size, crops
+    def __init__(self, source, names, cfg, size, clip_size, crops):
+        self.source, self.names, self.cfg = source, names, cfg
+        self.size, self.clip_size, self.crops = size, clip_size, crops
 
     def __len__(self):
         return -(-len(self.names) // self.cfg.chunk)
@@ -65,7 +67,7 @@ class Chunks(torch.utils.data.Dataset):
         rows, clip_rows, skipped = [], [], []
         for i, name in enumerate(mine, c * self.cfg.chunk):
             try:
-                picture = open_picture(Path(self.cfg.data, name))
+                picture = self.source.open(name, self.size)
             except (OSError, ValueError) as e:
                 skipped.append([name, " ".join(str(e).replace(self.cfg.data, "").split())[:200]])
                 continue
@@ -82,9 +84,10 @@ class Chunks(torch.utils.data.Dataset):
 def main():
     cfg = configure(Config)
     machine = Machine(cfg.device, cfg.dtype, training=False)
-    names = list_pictures(cfg.data)
+    source = Pictures(cfg.data)
+    names = source.names
     vqgan, vqgan_sha, vcfg = load_vqgan(cfg.vqgan, machine.device)
-    clip = load_clip(cfg.clip, machine.device)
+    clip = load_clip(cfg.clip, machine.device, cfg.trust_jit)
     out, parts = Path(cfg.out), Path(cfg.out, "parts")
     made = {"config": asdict(cfg), "vqgan": str(cfg.vqgan), "vqgan_sha256": vqgan_sha, "clip": clip.name,
             "clip_sha256": clip.sha256, "sources": len(names)}
@@ -113,9 +116,9 @@ def main():
             embedding = clip.image(to_tensor(clip_pixels).to(machine.device))
         return tokens.flatten(1).cpu().numpy().astype(dtype), embedding.cpu().numpy().astype(np.float16)
 
-    bar = Progress(sum(map(len, splits.values())), unit="picture")
+    bar, bad = Progress(sum(map(len, splits.values())), unit="picture"), 0
     for split, mine in splits.items():
-        chunks = Chunks(mine, cfg, vcfg.image_size, clip.size, cfg.crops if split == "train" else 1)
+        chunks = Chunks(source, mine, cfg, vcfg.image_size, clip.size, cfg.crops if split == "train" else 1)
         todo = [c for c in range(len(chunks)) if not (parts / f"{split}{c:06d}.npz").exists()]
         bar(len(mine) - sum(len(mine[c * cfg.chunk:(c + 1) * cfg.chunk]) for c in todo))
         todo = todo[machine.rank::machine.world]
@@ -129,10 +132,18 @@ def main():
             with whole(parts / f"{split}{c:06d}.npz") as f:
                 np.savez(f, tokens=tokens, clip=embedding, skipped=json.dumps(skipped))
             bar(len(mine[c * cfg.chunk:(c + 1) * cfg.chunk]))
+            bad += len(skipped)
+            stop_if_too_many(bad, cfg, names, skipped)
     if machine.world > 1:
         torch.distributed.barrier()
     if machine.rank == 0:
         join(out, parts, splits, cfg, made, vcfg, clip, dtype, machine)
+
+
+def stop_if_too_many(bad, cfg, names, skipped):
+    if bad > cfg.max_bad * len(names):
+        fail(f"{bad} of {len(names)} pictures of {cfg.data} can't be read, more than --max_bad={cfg.max_bad}; "
+             f"the last: {': '.join(skipped[-1])}")
 
 
 def refuse_other(path, made):
@@ -149,7 +160,7 @@ def refuse_other(path, made):
 
 def join(out, parts, splits, cfg, made, vcfg, clip, dtype, machine):
     """All chunks, in order, into the four .bin files; meta.json last, as the sign that they are whole."""
-    rows, skipped, total = {}, [], np.zeros(clip.dim)
+    rows, skipped, total, names = {}, [], np.zeros(clip.dim), sum(splits.values(), [])
     for split, mine in splits.items():
         rows[split] = 0
         with whole(out / f"{split}_tokens.bin") as f, whole(out / f"{split}_clip.bin") as g:
@@ -162,6 +173,7 @@ def join(out, parts, splits, cfg, made, vcfg, clip, dtype, machine):
                         skipped += json.loads(str(part["skipped"]))
                         if split == "train":
                             total += part["clip"].astype(np.float64).sum(0)
+    stop_if_too_many(len(skipped), cfg, names, skipped)
     if not rows["train"]:
         for split in splits:
             for kind in ("tokens", "clip"):

@@ -24,6 +24,7 @@ class Config:
     gpt: str = ""                       # checkpoint of train_gpt.py; empty: the newest finished one under out/
     vqgan: str = ""                     # checkpoint of vqgan.py; empty: the one the GPT was trained with
     clip: str = ""                      # empty: the one the GPT was trained with
+    trust_jit: bool = False             # run the code in a --clip file that is a TorchScript archive of unknown origin
     image: str = ""                     # a picture to draw variations of, instead of words
     out: str = "out/samples.png"        # the grid; each picture by itself goes into the folder of the same name
     n: AutoCount = None                 # pictures to keep of each prompt (auto: 4; classic 8)
@@ -82,7 +83,7 @@ def load(cfg, machine):
     shape = (vcfg.codes, vcfg.image_size // vcfg.factor)
     if sha != meta.get("vqgan_sha256", sha) or shape != (gpt.cfg.codes, gpt.cfg.grid):
         fail(f"{path} was trained on tokens of another VQGAN than {vqgan_path}; name that one with --vqgan")
-    clip = load_clip(clip_name, machine.device)
+    clip = load_clip(clip_name, machine.device, cfg.trust_jit)
     if clip.sha256 != meta.get("clip_sha256", clip.sha256) or clip.dim != gpt.cfg.cond_dim:
         fail(f"{path} was trained on embeddings of another CLIP than {clip_name}; name that one with --clip")
     machine.say(f"sample: GPT {path} ({millions(gpt)}), VQGAN {vqgan_path}, CLIP {clip_name}, on {machine}")

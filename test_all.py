@@ -439,7 +439,7 @@ def test_pictures_of_every_mode(tmp_path):
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="no folder of real photographs beside the project")
 def test_real_photographs_are_read_and_cropped():
-    names = common.list_pictures(PHOTOS)
+    names = common.Pictures(PHOTOS).names
     assert len(names) == 96
     for name in names[:12]:
         a, b = (common.crop(common.open_picture(PHOTOS / name), size, 1.1, 0.3, 0.8) for size in (64, 224))
@@ -567,7 +567,7 @@ def test_dump_rows_follow_the_sorted_sources(world):
     """Order, crops, held-out split and the skipped picture; tokens and embeddings as the networks give them alone."""
     d, _ = world
     meta, arrays = train_gpt.open_dump(d / "data/toy_tokens")
-    names = common.list_pictures(d / "data/toy/train")
+    names = common.Pictures(d / "data/toy/train").names
     train = [n for n in names if not common.held_out(n, 10) and n != "broken.png"]
     val = [n for n in names if common.held_out(n, 10) and n != "broken.png"]
     assert meta["train_rows"] == 3 * len(train) and meta["val_rows"] == len(val) and "deeper/grey.jpg" in names

@@ -9,6 +9,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from common import (Amount, Compile, Count, Device, Dtype, Machine, Progress, Ru
                     file_sha256, learning_rate, load_vqgan, millions, save_grid, to_image)
 from model import GPT, GPTConfig
 
+Preset = Literal["", "paper", "24gb"]
 
 @dataclass
 class Config:
+    preset: Preset = ""                 # paper, or 24gb for one card of that size; see PRESETS
     data: str = "data/toy_tokens"       # a dump of prepare.py
     out: str = "out/gpt"                # the run: gpt.pt, gpt.jsonl, grid.png
     vqgan: str = ""                     # whose decoder draws grid.png; empty: the one that made the dump
@@ -47,6 +50,16 @@ class Config:
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
     compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
+    dry_run: bool = False               # a few real steps, then memory, rate and the time the whole run would take
+
+
+PRESETS = {  # for --preset
+    "paper": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "classic": True, "noise": 0.0, "drop": 0.0, "center": False,
+              "batch_size": 256, "max_steps": 300000, "learning_rate": 3e-4, "warmup": 2000, "ema": 0.9999,
+              "eval_every": 5000},
+    "24gb": {"n_layer": 16, "n_head": 16, "n_embd": 1024, "batch_size": 256, "accumulate": 8, "max_steps": 200000,
+             "learning_rate": 6e-4, "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
+}
 
 
 def open_dump(folder):
@@ -99,7 +112,7 @@ def make_batches(tokens, clip, cfg):
 
 
 def main():
-    cfg = configure(Config)
+    cfg = configure(Config, presets=PRESETS)
     machine = Machine(cfg.device, cfg.dtype)
     meta, arrays = open_dump(cfg.data)
     vqgan, vqgan_sha, vcfg = load_vqgan(cfg.vqgan or meta["vqgan"], machine.device)

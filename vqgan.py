@@ -7,28 +7,34 @@ discriminator that judges patches. Pictures alone are read, no captions."""
 import contextlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Progress, Run, Share, Whole, configure, crop,
-                    fail, held_out, learning_rate, list_pictures, load_clip, millions, open_picture, save_grid, sha256,
-                    to_image, to_tensor)
+from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Pictures, Progress, Run, Share, Whole,
+                    configure, crop, fail, held_out, learning_rate, load_clip, millions, save_grid, sha256, to_image,
+                    to_tensor)
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
+
+Preset = Literal["", "paper", "24gb"]
 
 
 @dataclass
 class Config:
-    data: str = "data/toy/train"        # a folder of pictures, at any depth
+    preset: Preset = ""                 # paper, or 24gb for one card of that size; see PRESETS
+    data: str = "data/toy/train"        # a folder of pictures, at any depth, or .tar shards of them
     out: str = "out/vqgan"              # the run: vqgan.pt, vqgan.jsonl, recon.png
     clip: str = "out/toy/clip.pt"       # whose image features the perceptual loss compares: ViT-B/32 ..., or a file
+    trust_jit: bool = False             # run the code in a --clip file that is a TorchScript archive of unknown origin
     seed: Whole = 0
     # pictures
     image_size: Count = 64              # pixels a side
     val_percent: Amount = 2.0           # of the pictures that are never trained on, chosen by name
     min_zoom: Share = 0.8               # random crops show between this share of the picture's short side and all of it
     flip: bool = True                   # mirror half of the pictures
+    max_bad: Share = 0.5                # stop if more of the pictures than this can't be read
     workers: Whole = 2                  # decoding processes
     # network
     patch: Count = 4                    # fold patch x patch pixels into channels first: 1 is taming's, 4 is 16x cheaper
@@ -58,14 +64,25 @@ class Config:
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
     compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
+    dry_run: bool = False               # a few real steps, then memory, rate and the time the whole run would take
+
+
+F16 = {"image_size": 256, "patch": 1, "ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2,
+       "attn_resolutions": (16,), "groups": 32, "z_channels": 256, "clip": "ViT-B/32", "vq_start": 2000, "warmup": 1000,
+       "eval_every": 5000, "ema": 0.9999}
+PRESETS = {  # for --preset
+    "paper": F16 | {"codes": 16384, "code_dim": 256, "l2_norm": False, "batch_size": 64, "max_steps": 300000,
+                    "learning_rate": 3e-4, "disc_start": 50000},
+    "24gb": F16 | {"codes": 16384, "batch_size": 8, "max_steps": 300000, "learning_rate": 3e-4, "disc_start": 100000},
+}
 
 
 class Batches(torch.utils.data.Dataset):
     """Batch number i is a pure function of (seed, i): which pictures, which crops, which are mirrored. Items are uint8
     (B, S, S, 3) and the set of files that failed, each replaced by the next one that did not."""
 
-    def __init__(self, folder, names, cfg, rank=0, world=1):
-        self.folder, self.names, self.cfg, self.rank, self.world = folder, names, cfg, rank, world
+    def __init__(self, source, names, cfg, rank=0, world=1):
+        self.source, self.names, self.cfg, self.rank, self.world = source, names, cfg, rank, world
 
     def __len__(self):
         return self.cfg.max_steps
@@ -77,15 +94,15 @@ class Batches(torch.utils.data.Dataset):
         part = self.cfg.batch_size // self.world
         pictures, bad = [], set()
         for j in range(self.rank * part, (self.rank + 1) * part):
-            for attempt in range(len(self.names)):
+            for attempt in range(100):
                 name = self.names[(index[j] + attempt) % len(self.names)]
                 try:
-                    picture = open_picture(Path(self.folder, name))
+                    picture = self.source.open(name, size)
                     break
                 except (OSError, ValueError) as e:
                     bad.add(f"{name} ({e})")
-                    if len(bad) == min(100, len(self.names)):
-                        return None, bad
+            else:
+                return None, bad
             zoom, x, y, flip = how[j]
             zoom = 1 / (1 - zoom * (1 - self.cfg.min_zoom))
             pictures.append(crop(picture, size, zoom, x, y, self.cfg.flip and flip < 0.5))
@@ -114,13 +131,14 @@ def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
 
 
 def main():
-    cfg = configure(Config)
+    cfg = configure(Config, presets=PRESETS)
     machine = Machine(cfg.device, cfg.dtype)
     vcfg = check(cfg, machine)
-    names = list_pictures(cfg.data)
+    source = Pictures(cfg.data)
+    names = source.names
     train = [n for n in names if not held_out(n, cfg.val_percent)] or fail(f"all of {cfg.data} is held out, none left")
     val = [n for n in names if held_out(n, cfg.val_percent)] or train
-    clip = load_clip(cfg.clip, machine.device)
+    clip = load_clip(cfg.clip, machine.device, cfg.trust_jit)
     run = Run("vqgan", cfg, machine, {"clip": clip.sha256})
 
     torch.manual_seed(cfg.seed)
@@ -166,26 +184,28 @@ def main():
         parts = {"pixel": pixel, "perceptual": percept, "vq": vq_loss}
         return recon, pixel + cfg.perceptual * percept + vq_loss, parts, tokens, z
 
-    def to_device(batch):
+    def to_device(batch, failed=()):
         if batch is None:
-            fail(f"too many pictures of {cfg.data} can't be read")
+            fail(f"a hundred pictures of {cfg.data} in a row can't be read, the last: {sorted(failed)[-1]}")
         x = to_tensor(batch.numpy()).to(machine.device, memory_format=torch.channels_last)
         return x * 2 - 1                                                               # (B, 3, S, S) in [-1, 1]
 
-    batches = Batches(cfg.data, train, cfg, machine.rank, machine.world)
-    fixed = validation_pictures(cfg, val)                                              # (V, S, S, 3)
+    batches = Batches(source, train, cfg, machine.rank, machine.world)
+    fixed = validation_pictures(cfg, source, val)                                              # (V, S, S, 3)
     bar, bad = Progress(cfg.max_steps, run.step), set()
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(run.step, cfg.max_steps),
                                          num_workers=cfg.workers)
     for step, (batch, failed) in zip(range(run.step, cfg.max_steps), loader):
-        x = to_device(batch)
-        for name in failed - bad:
+        x = to_device(batch, failed)
+        for name in sorted(failed - bad):
             print(f"skipped {name}", flush=True)
         bad |= failed
+        if len(bad) > cfg.max_bad * len(names):
+            fail(f"{len(bad)} of {len(names)} pictures of {cfg.data} can't be read, more than --max_bad={cfg.max_bad}")
         quantized, adversarial = step >= cfg.vq_start, step >= cfg.disc_start
         if step == cfg.vq_start and cfg.vq_start > 0:
             with torch.no_grad(), machine.autocast():  # encoder outputs of the next batches, on every rank the same
-                some = Batches(cfg.data, train, cfg)
+                some = Batches(source, train, cfg)
                 z = torch.cat([model(to_device(some[step + i][0]), quantized=False)[3] for i in range(16)])
             model.quantize.kmeans(z, generator)
         for opt in opts.values():
@@ -198,7 +218,8 @@ def main():
                 gan = -disc(recon).mean()
                 # the adaptive weight: both losses pull equally at the decoder's last layer (Esser et al. eq. 7), capped
                 last = model.decoder.conv_out.weight
-                pull, push = (torch.autograd.grad(l, last, retain_graph=True)[0].norm() for l in (loss, gan))
+                pull, push = (machine.sum(torch.autograd.grad(part, last, retain_graph=True)[0]).norm()
+                              for part in (loss, gan))
                 loss = loss + cfg.disc_weight * (pull / (push + 1e-6)).clamp(max=cfg.disc_cap).detach() * gan
                 parts["gan"] = gan
         model.zero_grad()
@@ -256,12 +277,12 @@ def main():
                 f"next: python prepare.py --vqgan={run.final} --data={cfg.data}")
 
 
-def validation_pictures(cfg, names, most=256):
+def validation_pictures(cfg, source, names, most=256):
     """The first readable ones of the held-out pictures, centre crops, uint8 (V, S, S, 3)."""
     pictures = []
     for name in names:
         with contextlib.suppress(OSError, ValueError):
-            pictures.append(crop(open_picture(Path(cfg.data, name)), cfg.image_size))
+            pictures.append(crop(source.open(name, cfg.image_size), cfg.image_size))
         if len(pictures) == most:
             break
     return np.stack(pictures) if pictures else fail(f"none of the pictures of {cfg.data} held out can be read")
