@@ -1,5 +1,6 @@
 # make demo    everything from nothing to out/toy/samples.png; run again, it goes on where it stopped
 # make test    the tests
+# make test-slow    the tests that take long
 # make match   how many of the demo's pictures show what their prompt says
 
 PYTHON ?= python3
@@ -8,12 +9,15 @@ PROMPTS := "a red bus" "a blue fish" "a yellow star" "a green tree" "a pink hous
 	"a brown cup" "a black car" "a red heart" "a blue boat" "a yellow moon" "a pink flower" "a small green house" \
 	"a large purple fish" "a black star on a sand background" "a small red boat on a white background"
 
-.PHONY: demo test match
+.PHONY: demo test test-slow match
 demo: out/toy/samples.png
 	@echo "done: the pictures are in out/toy/samples.png"
 
 test: .venv/installed
 	$(PY) -m pytest -q -rs test_all.py
+
+test-slow: .venv/installed
+	SLOW=1 $(PY) -m pytest -q -rs test_all.py -k test_slow
 
 match: out/toy/samples.png
 	$(PY) evaluate.py --out=out/toy --gpt=out/toy/gpt.pt

@@ -221,10 +221,12 @@ def keep_memory():
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step for each matrix is brought to orthogonality (Jordan et al. 2024): all directions move alike.
-    Convolutions count as matrices (out, in*kh*kw). The step's size is AdamW's, so learning rates carry over."""
+    Convolutions count as matrices (out, in*kh*kw). The step's size is AdamW's, so learning rates carry over. `dtype` is
+    that of the iteration, for which bfloat16 is good enough."""
 
-    def __init__(self, params, lr=0.0, momentum=0.95):
+    def __init__(self, params, lr=0.0, momentum=0.95, dtype=torch.bfloat16):
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -236,7 +238,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)             # Nesterov, (rows, columns)
                 rows, columns = x.shape
-                x = (x.T if rows > columns else x).bfloat16()
+                x = (x.T if rows > columns else x).to(self.dtype)
                 x = x / (x.norm() + 1e-7)
                 for _ in range(5):  # Newton-Schulz: pushes all singular values towards 1
                     a = x @ x.T

@@ -3,11 +3,14 @@
 Networks first, each equality after every zero-initialised tensor has been filled with noise, so that nothing passes
 because it is nought; then files and the config line; then every stage through its real command line, on a world of a
 few dozen drawings; then every mistake a user can make."""
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +29,8 @@ from model import GPT, VQGAN, Discriminator, GPTConfig, Quantizer, VQGANConfig, 
 HERE = Path(__file__).parent
 PHOTOS = HERE.parent / "shared/data/photos"
 CLASSIC = [False, True]
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: make test-slow")
 
 
 def fill_zeros(model, seed=1):
@@ -437,6 +442,58 @@ def test_pictures_of_every_mode(tmp_path):
     assert np.asarray(read["clear.png"]).min() == 255
 
 
+def test_a_tar_is_read_as_the_folder_it_was_made_of(tmp_path, capsys):
+    """Same names, same pictures; links, devices, absolute and climbing names are inert: nothing is ever unpacked."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    for i, name in enumerate(("z.png", "b/x.png", "b/\N{LATIN SMALL LETTER E WITH ACUTE}.png")):
+        Image.new("RGB", (20 + i, 20), (i * 50, 0, 0)).save(tmp_path / "a" / name)
+    (tmp_path / "a/notes.txt").write_text("no picture")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "a", ".")
+        for name, kind in (("link.png", tarfile.SYMTYPE), ("dev.png", tarfile.CHRTYPE), ("hard.png", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        for name in ("../up.png", "/tmp/abs.png"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"nope"))
+    folder, tar = common.Pictures(tmp_path / "a"), common.Pictures(str(tmp_path / "a.tar"))
+    assert tar.names == sorted([*folder.names, "../up.png", "/tmp/abs.png"]) and len(folder.names) == 3
+    for name in folder.names:
+        assert np.array_equal(np.asarray(folder.open(name)), np.asarray(tar.open(name)))
+    for name in ("../up.png", "/tmp/abs.png"):
+        with pytest.raises((OSError, ValueError)):
+            tar.open(name)
+    (tmp_path / "shards").mkdir()
+    for n in "12":
+        (tmp_path / f"shards/s{n}.tar").write_bytes((tmp_path / "a.tar").read_bytes())
+    for many in (tmp_path / "shards", f"{tmp_path}/shards/*.tar"):
+        assert len(common.Pictures(many).names) == 10
+    (tmp_path / "bad.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(SystemExit) as e:
+        common.Pictures(str(tmp_path / "bad.tar"))
+    assert e.value.code == 2 and "bad.tar" in capsys.readouterr().err
+
+
+def test_damaged_small_and_monstrous_pictures_give_a_reason(tmp_path):
+    good = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 40, 3)).astype(np.uint8)).save(good, "PNG")
+    good, ihdr = good.getvalue(), good.getvalue().index(b"IHDR")
+    bomb = good[:ihdr + 4] + (40000).to_bytes(4, "big") * 2 + good[ihdr + 12:]
+    bomb = bomb[:ihdr + 17] + zlib.crc32(bomb[ihdr:ihdr + 17]).to_bytes(4, "big") + bomb[ihdr + 21:]
+    (tmp_path / "text.jpg").write_text("this is no picture")
+    for name, data in (("cut.png", good[:len(good) // 2]), ("bomb.png", bomb), ("empty.gif", b"")):
+        (tmp_path / name).write_bytes(data)
+    Image.new("RGB", (12, 90)).save(tmp_path / "thin.png")
+    pictures = common.Pictures(tmp_path)
+    for name in pictures.names:
+        with pytest.raises((OSError, ValueError)) as e:
+            pictures.open(name, 64)
+        assert str(e.value)
+    assert pictures.open("thin.png", 48).size == (12, 90)
+
+
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="no folder of real photographs beside the project")
 def test_real_photographs_are_read_and_cropped():
     names = common.Pictures(PHOTOS).names
@@ -469,6 +526,130 @@ def published(name, leave_out="never"):
 
 def close(ours, theirs):
     assert ours.shape == theirs.shape and np.abs(ours.numpy() - theirs).max() <= 1e-4 * theirs.std()
+
+
+NINE = {  # OpenAI's published CLIPs: embedding, input, vision layers, width, patch, text width, heads, and parameters
+    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 512, 8, 102_007_137),
+    "RN101": (512, 224, (3, 4, 23, 3), 64, None, 512, 8, 119_688_033),
+    "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, 640, 10, 178_300_601),
+    "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, 768, 12, 290_979_217),
+    "RN50x64": (1024, 448, (3, 15, 36, 10), 128, None, 1024, 16, 623_258_305),
+    "ViT-B/32": (512, 224, 12, 768, 32, 512, 8, 151_277_313),
+    "ViT-B/16": (512, 224, 12, 768, 16, 512, 8, 149_620_737),
+    "ViT-L/14": (768, 224, 24, 1024, 14, 768, 12, 427_616_513),
+    "ViT-L/14@336px": (768, 336, 24, 1024, 14, 768, 12, 427_944_193)}
+
+
+def published_clip(name, depth=None):
+    """The network of that name, or the same with `depth` layers everywhere; its statistics and norms made unlike."""
+    dim, size, layers, width, patch, text, heads, _ = NINE[name]
+    if depth:
+        layers = depth if patch else (depth,) * 4
+    return common.clip_package()[0].CLIP(dim, size, layers, width, patch, 77, 49408, text, heads, depth or 12).eval()
+
+
+@pytest.mark.parametrize("name", NINE)
+def test_the_nine_clips_by_shape(name):
+    """On the meta device, which holds shapes and no numbers: every published network is recognised from its shapes."""
+    assert set(NINE) == set(common.CLIP_FILES)
+    with torch.device("meta"):
+        reference = published_clip(name)
+        ours = common.build_clip(reference.state_dict())
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in reference.state_dict().items()}
+    assert ours.visual.input_resolution == NINE[name][1] and ours.context_length == 77
+    assert [m.num_heads for m in ours.modules() if hasattr(m, "num_heads")] == \
+           [m.num_heads for m in reference.modules() if hasattr(m, "num_heads")]
+    assert sum(p.numel() for p in ours.parameters()) == NINE[name][-1]
+
+
+def check_clip_by_number(tmp_path, name):
+    """At one layer each, in half precision as published, as a TorchScript archive and as a state dict: the embeddings
+    are those of clip.model.CLIP holding the same weights in float32."""
+    torch.manual_seed(0)
+    reference = published_clip(name, depth=1)
+    with torch.no_grad():
+        for x in reference.state_dict().values():
+            if x.is_floating_point():
+                x.copy_(x.half())  # the numbers that half precision can hold, as in the published files
+    pixels, tokens = torch.rand(1, 3, NINE[name][1], NINE[name][1]), torch.randint(1, 49406, (1, 77))
+    tokens[0, 9] = 49407
+    archive = torch.jit.trace(reference, (pixels, tokens), check_trace=False)
+    archive.save(str(tmp_path / "jit.pt"))
+    half = {k: v.half() if v.is_floating_point() else v for k, v in reference.state_dict().items()}
+    torch.save(half, tmp_path / "sd.pt")
+    with pytest.raises(SystemExit):
+        common.load_clip(tmp_path / "jit.pt")  # not one of the nine files
+    with torch.no_grad():
+        theirs = reference.encode_image(pixels), reference.encode_text(tokens)
+        for clip in (common.load_clip(tmp_path / "jit.pt", trust_jit=True), common.load_clip(tmp_path / "sd.pt")):
+            for a, b in zip((clip.model.encode_image(pixels), clip.model.encode_text(tokens)), theirs):
+                assert (a - b).abs().max() <= 1e-5 * b.abs().max() and b.std() > 0
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B/32"])
+def test_clips_by_number(tmp_path, name):
+    check_clip_by_number(tmp_path, name)
+
+
+@slow
+@pytest.mark.parametrize("name", [n for n in NINE if n not in ("RN50", "ViT-B/32")])
+def test_slow_clips_by_number(tmp_path, name):
+    check_clip_by_number(tmp_path, name)
+
+
+def test_openais_own_archives_need_no_trust(tmp_path, monkeypatch, capsys):
+    reference = clip_network("vit")
+    archive = torch.jit.trace(reference, (torch.rand(1, 3, 64, 64), torch.randint(1, 100, (1, 20))), check_trace=False)
+    archive.save(str(tmp_path / "jit.pt"))
+    with pytest.raises(SystemExit):
+        common.load_clip(tmp_path / "jit.pt")
+    assert "--trust_jit=True" in capsys.readouterr().err
+    monkeypatch.setitem(common.CLIP_FILES, "RN50", common.file_sha256(tmp_path / "jit.pt"))
+    assert common.load_clip(tmp_path / "jit.pt").dim == 32
+    (tmp_path / ".cache/clip").mkdir(parents=True)  # and by name, from clip's usual cache
+    (tmp_path / "jit.pt").rename(tmp_path / ".cache/clip/RN50.pt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert common.load_clip("RN50").size == 64
+    (tmp_path / ".cache/clip/RN50.pt").write_bytes(b"something else")
+    with pytest.raises(SystemExit):
+        common.load_clip("RN50")
+    assert "checksum" in capsys.readouterr().err
+
+
+def test_presets_have_the_parameters_counted_by_hand():
+    def gpt(k, t, d, n, c, classic):  # embeddings, prefix, blocks, head
+        block = 12 * c * c + (13 * c if classic else 0)
+        return k * c + (d * c + c) + (t * c if classic else 0) + n * block + (2 * c if classic else 0) + c * k + \
+            (k if classic else 0)
+    for name, classic in (("paper", True), ("24gb", False)):
+        cfg = common.configure(train_gpt.Config, [f"--preset={name}"], train_gpt.PRESETS)
+        with torch.device("meta"):
+            model = GPT(GPTConfig(16384, 16, 512, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.classic))
+        assert sum(p.numel() for p in model.parameters()) == gpt(16384, 256, 512, cfg.n_layer, 1024, classic)
+        assert cfg.classic == classic
+    assert (cfg.n_layer, common.configure(train_gpt.Config, ["--preset=paper"], train_gpt.PRESETS).n_layer) == (16, 24)
+    cfg = common.configure(vqgan.Config, ["--preset=paper", "--codes=1024"], vqgan.PRESETS)
+    assert (cfg.image_size, cfg.clip, cfg.codes) == (256, "ViT-B/32", 1024)  # an option beside the preset wins
+
+    def res(a, b):
+        return 2 * a + (9 * a * b + b) + 2 * b + (9 * b * b + b) + (a * b + b if a != b else 0)
+    attn = 2 * 512 + 4 * (512 * 512 + 512)
+    widths, enc, dec, c = [128, 128, 256, 256, 512], 9 * 3 * 128 + 128, 9 * 256 * 512 + 512, 128
+    for i, w in enumerate(widths):
+        enc += res(c, w) + res(w, w) + (2 * attn if w == 512 else 0) + (9 * w * w + w if i < 4 else 0)
+        c = w
+    middle = 2 * res(512, 512) + attn
+    enc += middle + 2 * 512 + 9 * 512 * 256 + 256
+    for i, w in reversed(list(enumerate(widths))):
+        dec += res(c, w) + 2 * res(w, w) + (3 * attn if w == 512 else 0) + (9 * w * w + w if i else 0)
+        c = w
+    dec += middle + 2 * 128 + 9 * 128 * 3 + 3
+    for name, dim in (("paper", 256), ("24gb", 8)):
+        cfg = common.configure(vqgan.Config, [f"--preset={name}"], vqgan.PRESETS)
+        with torch.device("meta"):
+            model = VQGAN(vqgan.check(cfg, common.Machine("cpu", "float32")))
+        total = enc + dec + 16384 * dim + (256 * dim + dim) + (dim * 256 + 256)
+        assert sum(p.numel() for p in model.parameters()) == total
 
 
 @fixtures
@@ -672,6 +853,49 @@ def test_two_processes_train_as_one(world, tmp_path):
     for k in one:
         assert (one[k] - two[k]).abs().max() <= 1e-5 and (one[k] - parts[k]).abs().max() <= 1e-5, k
     assert one["head.weight"].abs().max() > 1e-3  # it did move
+
+
+def test_two_processes_prepare_the_same_files_and_train_the_same_vqgan(world, tmp_path):
+    d, _ = world
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    args = ["--val_percent=10", "--chunk=64", "--crops=3", f"--out={tmp_path}/d"]
+    command(*torchrun, HERE / "prepare.py", *args, cwd=d)
+    for name in ("train_tokens.bin", "train_clip.bin", "val_tokens.bin", "val_clip.bin"):
+        assert (d / "data/toy_tokens" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+    args = [*VQ, "--dtype=float32", "--max_steps=6", "--disc_start=2", "--eval_every=100", "--warmup=1",
+            "--learning_rate=1e-3", "--vq_start=0"]  # all losses at work; k-means would make much of the last bit
+    command(HERE / "vqgan.py", *args, f"--out={tmp_path}/one", cwd=d)
+    command(*torchrun, HERE / "vqgan.py", *args, f"--out={tmp_path}/two", cwd=d)
+    one, two = (torch.load(tmp_path / n / "vqgan.pt", weights_only=True) for n in ("one", "two"))
+    for part in ("model", "disc"):
+        difference = torch.cat([(one[part][k] - two[part][k]).flatten() for k in one[part]])
+        assert difference.norm() <= 1e-4 * torch.cat([x.flatten() for x in one[part].values()]).norm(), part
+
+
+def test_a_tar_gives_the_folders_dump(world, tmp_path):
+    d, _ = world
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        tar.add(d / "data/toy/train", ".")
+    command(HERE / "prepare.py", "--val_percent=10", "--chunk=64", "--crops=3", f"--data={tmp_path}/t.tar",
+            f"--out={tmp_path}/d", cwd=d)
+    for name in ("train_tokens.bin", "train_clip.bin", "val_tokens.bin", "val_clip.bin"):
+        assert (d / "data/toy_tokens" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+
+
+def test_dry_runs_say_what_a_run_would_take_and_write_nothing(world):
+    d, _ = world
+    before = snapshot(d)
+    for script, args in (("vqgan", VQ), ("train_gpt", GPT_ARGS)):
+        args = [*args, "--out=out/dry", "--max_steps=1000", "--dry_run=True"]
+        said = command(HERE / f"{script}.py", *args, cwd=d).stdout
+        assert "GiB" in said and "steps/s" in said and "hours" in said and "M parameters" in said
+    assert snapshot(d) == before
+
+
+def test_too_many_bad_pictures_stop_a_run(world, tmp_path):
+    d, _ = world
+    done = command(HERE / "prepare.py", "--max_bad=0.001", "--out=x", cwd=d, ok=2)
+    assert "--max_bad=0.001" in done.stderr and "broken.png" in done.stderr and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -175,7 +175,7 @@ def main():
         run.log(step=step + 1, loss=loss, grad_norm=norm.item(), time=time.time() - begun)
         bar(loss=loss, of=know_nothing, tokens_per_s=speed)
 
-        due = (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps
+        due = ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps) and not cfg.dry_run
         if due:
             val_loss = evaluate(ema, val_tokens, val_clip, machine)
             machine.say(f"step {step + 1}: validation loss {val_loss:.4f} (ln K {know_nothing:.3f})")

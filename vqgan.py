@@ -149,7 +149,8 @@ def main():
 
     def adam(parameters):
         return torch.optim.AdamW(parameters, 0.0, (0.9, 0.99), weight_decay=0.0, fused=machine.fused)
-    opts = {"muon": Muon([p for p in model.parameters() if p.dim() == 4]),  # the convolutions
+    dtype = torch.bfloat16 if machine.dtype != torch.float32 else torch.float32
+    opts = {"muon": Muon([p for p in model.parameters() if p.dim() == 4], dtype=dtype),  # the convolutions
             "adam": adam([p for p in model.parameters() if p.dim() != 4]),  # biases, norms and the codebook
             "disc": adam(disc.parameters())}
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
@@ -252,7 +253,7 @@ def main():
         run.log(step=step + 1, loss=loss.item(), **facts)
         bar(loss=loss.item(), **facts)
 
-        due = (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps
+        due = ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps) and not cfg.dry_run
         if due:
             total, shown, used = 0.0, [], set()
             with torch.no_grad(), machine.autocast():
