@@ -42,7 +42,7 @@ AutoAmount, AutoShare = typing.Optional[Amount], typing.Optional[Share]
 Device = str
 Dtype = typing.Literal["auto", "float32", "bfloat16", "float16"]
 Compile = typing.Literal["auto", "True", "False"]
-HOW = ("out", "device", "compile", "workers", "trust_jit")  # say where and how, and may differ when a run goes on
+HOW = ("out", "device", "compile", "workers", "trust_jit", "max_bad", "dry_run")  # may differ when a run goes on
 
 
 def fail(message):

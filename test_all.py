@@ -894,8 +894,10 @@ def test_dry_runs_say_what_a_run_would_take_and_write_nothing(world):
 
 def test_too_many_bad_pictures_stop_a_run(world, tmp_path):
     d, _ = world
-    done = command(HERE / "prepare.py", "--max_bad=0.001", "--out=x", cwd=d, ok=2)
+    args = [HERE / "prepare.py", "--val_percent=10", f"--out={tmp_path}"]
+    done = command(*args, "--max_bad=0.001", cwd=d, ok=2)
     assert "--max_bad=0.001" in done.stderr and "broken.png" in done.stderr and done.stderr.count("\n") == 1
+    command(*args, "--max_bad=0.5", cwd=d)  # told to go on, it does, in the same folder
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -908,7 +910,7 @@ BAD = [
     ("vqgan.py --image_size=30 --out=out/x", "image_size"), ("vqgan.py --ch=20 --out=out/x", "--groups"),
     ("vqgan.py --bathc_size=3", "--batch_size"), ("vqgan.py out/x", "--name=value"),
     ("vqgan.py --device=gpu9", "--device"), ("vqgan.py --dtype=float16", "float16"),
-    ("prepare.py --data=nowhere --out=x", "nowhere"), ("prepare.py --data=rotten --out=x", "none of"),
+    ("prepare.py --data=nowhere --out=x", "nowhere"), ("prepare.py --data=rotten --out=x", "6 of 6"),
     ("prepare.py --vqgan=nowhere.pt --out=x", "nowhere.pt"),
     ("prepare.py --vqgan=out/toy/gpt.pt --out=x", "checkpoint of gpt"),
     ("prepare.py --vqgan=out/toy/clip.pt --out=x", "vqgan checkpoint"),
