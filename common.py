@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -24,6 +25,11 @@ import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 
+try:
+    import fcntl
+except ImportError:  # Windows, which has no such locks
+    fcntl = None
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -33,10 +39,11 @@ from model import GPT, GPTConfig, VQGAN, VQGANConfig
 
 # ------------------------------------------------------------------------------------------------- the config line
 
-Count = typing.Annotated[int, 1, math.inf]        # the ranges an option's value must lie in, both ends included
-Whole = typing.Annotated[int, 0, math.inf]
+Count = typing.Annotated[int, 1, 2 ** 63 - 1]     # the ranges an option's value must lie in, both ends included
+Whole = typing.Annotated[int, 0, 2 ** 63 - 1]
 Amount = typing.Annotated[float, 0, math.inf]
 Share = typing.Annotated[float, 0, 1]
+Zoom = typing.Annotated[float, 0.1, 1]
 AutoCount, AutoWhole = typing.Optional[Count], typing.Optional[Whole]      # None is written auto
 AutoAmount, AutoShare = typing.Optional[Amount], typing.Optional[Share]
 Device = str
@@ -49,6 +56,25 @@ def fail(message):
     """A mistake of the user's: one line to stderr, exit code 2."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def leave(*_):
+    """What Ctrl-C and a polite kill do where no training step has to be saved first."""
+    print("stopped; the same command goes on from what is done", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(130)
+
+
+def worker_signals():
+    """In a forked worker process: Ctrl-C is the parent's business, a polite kill ends it."""
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=worker_signals)
 
 
 def parse(text, hint):
@@ -72,7 +98,7 @@ def parse(text, hint):
         raise ValueError({int: "a whole number", float: "a number"}[hint]) from None
     if options and value not in options:
         raise ValueError("one of " + ", ".join(options))
-    if hint in (int, float) and not (low <= value <= high and math.isfinite(value)):
+    if hint in (int, float) and not low <= value <= high or hint is float and not math.isfinite(value):
         raise ValueError(f"{'a whole number' if hint is int else 'a number'} from {low} to {high}")
     return value == "True" if options == ("True", "False") else value
 
@@ -85,7 +111,11 @@ def configure(Config, argv=None, presets={}):
     Unknown names and bad values end in one line and exit code 2.
     """
     argv, values, words = sys.argv[1:] if argv is None else argv, {}, []
-    fields = {f.name: f for f in dataclasses.fields(Config)}
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that is no UTF-8 must not end a run
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    fields = {f.name: f for f in dataclasses.fields(Config) if f.name != "prompts"}
+    takes_words = "prompts" in Config.__dataclass_fields__
     hints = typing.get_type_hints(Config, include_extras=True)
     if "--help" in argv or "-h" in argv:
         comments = dict(re.findall(r"^ +(\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
@@ -109,7 +139,7 @@ def configure(Config, argv=None, presets={}):
             values[name] = parse(text, hints[name])
         except ValueError as e:
             fail(f"--{name}={text[:60]} makes no sense: it takes {e}")
-    if words and "prompts" not in fields:
+    if words and not takes_words:
         fail(f"'{words[0][:60]}' is no option; options are written --name=value, and --help lists them")
     values = presets.get(values.get("preset"), {}) | values
     return Config(**values, **({"prompts": tuple(words)} if words else {}))
@@ -132,6 +162,8 @@ class Machine:
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         try:
             self.device = torch.device(device)
+            if self.device.type not in ("cpu", "cuda", "mps"):
+                raise RuntimeError("it takes auto, cpu, cuda or mps")
             if self.device.type == "cuda" and self.world > 1:
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.empty(1, device=self.device)
@@ -261,31 +293,46 @@ def learning_rate(step, peak, warmup, max_steps):
 def whole(path):
     """Write a file whole or not at all: yields a temporary path, which is flushed to disk and renamed at the end."""
     path = Path(path)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":  # and the folder's entry
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save wraps what the disk says into a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        fail(f"could not write {path}: {getattr(e, 'strerror', None) or e}; what was there before is untouched")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def lock(folder, machine):
+    """Refuse to work in a folder that another run is working in. The lock ends with the process, however that ends."""
+    if machine.rank > 0 or fcntl is None:
+        return None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder, ".lock"), "w")
     except OSError as e:
-        fail(f"could not write {path}: {e.strerror or e}; what was there before is untouched")
-    finally:
-        temporary.unlink(missing_ok=True)
+        fail(f"could not write in {folder}: {e.strerror}")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"another run is working in {folder}; wait for it, or choose another folder with --out")
+    return file
 
 
 def write_json(path, value):
     with whole(path) as f:
         f.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def sha256(state_dict):
-    """Hash of a model's weights: names, shapes and values."""
-    h = hashlib.sha256()
-    for name, x in sorted(state_dict.items()):
-        h.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        h.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return h.hexdigest()
 
 
 def load_checkpoint(path, stage):
@@ -306,7 +353,30 @@ def load_checkpoint(path, stage):
     found = checkpoint.get("stage", "another program") if isinstance(checkpoint, dict) else "another program"
     if found != stage:
         fail(f"{path} is a checkpoint of {found}, a {stage} checkpoint is needed")
+    missing = [k for k in ("ema", "network") if k not in checkpoint and stage != "toy"]
+    if missing:
+        fail(f"{path} lacks its {' and '.join(missing)}; put an intact copy there, or train again")
+    if checkpoint.get("digest") not in (None, digest({k: v for k, v in checkpoint.items() if k != "digest"})):
+        fail(f"{path} is damaged: its contents are not what was written; put an intact copy there, or train again")
     return checkpoint
+
+
+def digest(tree, h=None):
+    """Hash of everything in a checkpoint: nested dicts and lists of tensors and plain values."""
+    top, h = h is None, h or hashlib.sha256()
+    if isinstance(tree, dict):
+        for k, v in sorted(tree.items(), key=lambda item: str(item[0])):
+            h.update(f"{k}:".encode(errors="surrogateescape"))
+            digest(v, h)
+    elif isinstance(tree, (list, tuple)):
+        for v in tree:
+            digest(v, h)
+    elif isinstance(tree, torch.Tensor):
+        h.update(f"{tree.dtype}{tuple(tree.shape)}".encode())
+        h.update(tree.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    else:
+        h.update(repr(tree).encode(errors="surrogateescape"))
+    return h.hexdigest() if top else None
 
 
 def torch_zip(path):
@@ -395,7 +465,7 @@ def adopt(checkpoint, n_head=None):
             weights = from_hfai_vqgan(weights)
         weights = {k: v for k, v in weights.items() if not k.startswith("loss.")}
         return {"stage": "vqgan", "ema": weights, "network": dataclasses.asdict(vqgan_shape(weights, eps)),
-                "sha256": sha256(weights)}
+                "sha256": digest(weights)}
     if "pos_emb" in weights and "cond_proj.weight" in weights:
         weights = {renamed(k, HFAI_GPT): v for k, v in weights.items() if not k.endswith(".mask")}
         _, t, c = weights["pos_emb"].shape
@@ -444,15 +514,16 @@ class Run:
         self.final, self.path = Path(cfg.out) / f"{stage}.pt", Path(cfg.out) / f"{stage}.ckpt"
         self.resume, self.dry, self.begun = None, getattr(cfg, "dry_run", False), 0.0
         path = self.final if self.final.exists() else self.path
+        self.lock = None if self.dry else lock(cfg.out, machine)
         if path.exists() and not self.dry:
             self.resume = load_checkpoint(path, stage)
-            old = self.resume["config"]
+            old = self.resume.get("config", {})
             differ = [k for k in self.cfg if k not in HOW and old.get(k) != self.cfg[k]]
             if differ:
                 fail(f"{path} was made with another config ({', '.join(f'{k}={show(old.get(k))}' for k in differ)}); "
                      f"repeat that, or choose another folder with --out")
-            for what, digest in depends.items():
-                if self.resume["depends"].get(what) != digest:
+            for what, wanted in depends.items():
+                if self.resume["depends"].get(what) != wanted:
                     fail(f"{path} was started from another {what}; put that back, or choose another folder with --out")
             if path == self.final:
                 machine.say(f"{path} is finished (step {self.resume['step']}); to train again, choose another --out")
@@ -460,6 +531,7 @@ class Run:
             machine.say(f"going on from {path}, step {self.resume['step']}")
         self.step = self.resume["step"] if self.resume else 0
         self.log_file, self.stopping, self.pid = None, False, os.getpid()
+        self.bad_row, self.bad_total = 0, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
@@ -475,7 +547,7 @@ class Run:
     def log(self, **facts):
         """Add a line to the log. The first call of a run that goes on drops the lines after its checkpoint, so that
         every step stands there once."""
-        if self.dry and facts["step"] == 2:
+        if self.dry and facts["step"] <= 2:
             self.begun = time.time()
         if self.dry and facts["step"] == 7:
             self.report()
@@ -485,14 +557,28 @@ class Run:
             path = self.path.with_suffix(".jsonl")
             lines = path.read_text().splitlines() if self.step and path.exists() else []
             with whole(path) as f:
-                f.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] <= self.step))
+                f.write_text("".join(x + "\n" for x in lines if x.endswith("}") and json.loads(x)["step"] <= self.step))
             self.log_file = open(path, "a", buffering=1)
         facts = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in facts.items()}
-        self.log_file.write(json.dumps(facts) + "\n")
+        try:
+            self.log_file.write(json.dumps(facts) + "\n")
+        except OSError as e:
+            fail(f"could not write {self.log_file.name}: {e.strerror}; {self.path} is intact")
+
+    def skip(self, step, good):
+        """Count a step whose loss or gradient is not finite, `good` being False; many in a row end the run."""
+        self.bad_row = 0 if good else self.bad_row + 1
+        if not good:
+            self.bad_total += 1
+            self.machine.say(f"step {step + 1}: loss or gradient not finite, step skipped ({self.bad_total} so far)")
+        if self.bad_row == 20:
+            kept = f"{self.path} holds the last good step" if self.path.exists() else "no checkpoint was written yet"
+            fail(f"20 steps in a row were not finite; {kept}. Try a smaller --learning_rate or --dtype=float32")
 
     def report(self):
         """The end of a dry run: after two steps to warm up, five were timed."""
-        seconds, steps = (time.time() - self.begun) / 5, self.cfg["max_steps"]
+        steps = self.cfg["max_steps"]
+        seconds = (time.time() - self.begun) / max(1, min(5, steps - 2))
         if self.machine.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
         else:
@@ -504,15 +590,18 @@ class Run:
 
     def save(self, step, **state):
         """Write the checkpoint of `step`: config, hashes of the inputs and `state`."""
-        if self.machine.rank == 0:
+        if self.machine.rank == 0 and not self.dry:
+            contents = {"stage": self.stage, "config": self.cfg, "depends": self.depends, "step": step, **state}
             with whole(self.path) as f:
-                torch.save({"stage": self.stage, "config": self.cfg, "depends": self.depends, "step": step, **state}, f)
+                torch.save(contents | {"digest": digest(contents)}, f)
 
         if self.stopping:
             self.machine.say(f"saved {self.path} at step {step}; the same command goes on from there")
             sys.exit(130)
 
     def finish(self):
+        if self.dry:
+            self.report()
         if self.machine.rank == 0:
             os.replace(self.path, self.final)
 
@@ -523,7 +612,9 @@ class Progress:
     def __init__(self, total, initial=0, unit="step"):
         self.done, self.total, self.unit = initial, total, unit
         self.last, self.begun = time.time(), (initial, time.time())
-        self.bar = tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
+        self.quiet = int(os.environ.get("RANK", 0)) > 0
+        show_bar = sys.stderr.isatty() and not self.quiet
+        self.bar = tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True) if show_bar else None
 
     def __call__(self, n=1, **facts):
         self.done += n
@@ -531,7 +622,7 @@ class Progress:
         if self.bar:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(n)
-        elif time.time() - self.last > 5 or self.done == self.total:
+        elif not self.quiet and (time.time() - self.last > 5 or self.done == self.total):
             self.last = time.time()
             rate = (self.done - self.begun[0]) / (self.last - self.begun[1])
             print(f"{self.unit} {self.done}/{self.total}  {rate:.3g}/s  {text}", flush=True)
@@ -580,13 +671,17 @@ def clip_file(name):
     if not path.exists():
         url = f"{CLIP_URL}/{CLIP_FILES[name]}/{path.name}"
         try:
-            with whole(path) as f, urllib.request.urlopen(url, timeout=15) as source, open(f, "wb") as target:
-                bar = Progress(int(source.headers["Content-Length"] or 0), unit=f"downloading {name}, byte")
-                while block := source.read(1 << 20):
-                    target.write(block)
-                    bar(len(block))
+            source = urllib.request.urlopen(url, timeout=15)
         except OSError as e:
             fail(f"could not download {url} ({e}); fetch it by other means and give the file: --clip=FILE")
+        with source, whole(path) as f, open(f, "wb") as target:
+            bar = Progress(int(source.headers["Content-Length"] or 0), unit=f"downloading {name}, byte")
+            while block := source.read(1 << 20):
+                target.write(block)
+                bar(len(block))
+            target.flush()
+            if file_sha256(f) != CLIP_FILES[name]:
+                fail(f"the download of {url} came through damaged (its checksum differs); run this again")
     if file_sha256(path) != CLIP_FILES[name]:
         fail(f"{path} is not OpenAI's {name} (its checksum differs); delete it and run this again")
     return path
@@ -615,9 +710,10 @@ def load_clip(name, device="cpu", trust_jit=False):
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         model = build_clip(weights)
-    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, EOFError, OSError, UnpicklingError) as e:
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, EOFError, OSError, UnpicklingError,
+            AssertionError, ArithmeticError, zipfile.BadZipFile) as e:
         fail(f"{path} is not a CLIP that can be read without running code in it ({' '.join(str(e).split())[:100]})")
-    return Clip(model.to(device), name, device, sha256(model.state_dict()))
+    return Clip(model.to(device), name, device, digest(model.state_dict()))
 
 
 def is_jit(path):
@@ -632,8 +728,8 @@ class Clip:
     """A CLIP network and what it is: `name`, `sha256` of its weights, `size` of its input in pixels, `dim` of its
     embeddings, `context` in tokens."""
 
-    def __init__(self, model, name, device, digest=""):
-        self.model, self.name, self.device, self.sha256 = model, str(name), device, digest
+    def __init__(self, model, name, device, sha256=""):
+        self.model, self.name, self.device, self.sha256 = model, str(name), device, sha256
         self.size, self.dim = model.visual.input_resolution, model.text_projection.shape[1]
         self.context, self.bpe = model.context_length, None
 
@@ -643,10 +739,10 @@ class Clip:
         start, end = self.bpe.encoder["<|startoftext|>"], self.bpe.encoder["<|endoftext|>"]
         rows, cut = torch.zeros(len(texts), self.context, dtype=torch.long), []
         for row, text in zip(rows, texts):
-            ids = [start, *self.bpe.encode(text), end]
-            if len(ids) > self.context:
+            ids = [start, *self.bpe.encode(text[:self.context * 16]), end]  # enough for any text that fits
+            if len(ids) > self.context or len(text) > self.context * 16:
                 cut.append(text)
-                ids = ids[:self.context - 1] + [end]
+                ids = ids[:-1][:self.context - 1] + [end]
             row[:len(ids)] = torch.tensor(ids)
         return rows, cut
 
@@ -687,9 +783,11 @@ class Pictures:
                                         Path("/").glob(str(self.data)[1:])), []
             if not shards:
                 fail(f"there is no folder or .tar {data}; --data takes a folder of pictures, or tar shards of them")
+        root = os.path.commonpath([s.parent for s in shards]) if shards else ""
         for shard in shards:
-            self.index(shard, f"{shard.stem}/" if len(shards) > 1 else "")
+            self.index(shard, shard.relative_to(root).with_suffix("").as_posix() + "/" if len(shards) > 1 else "")
         self.names = sorted([*self.names, *self.where])
+        self.sha256 = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape")).hexdigest()  # of the names
         if not self.names:
             fail(f"no pictures in {data} (looked for {' '.join(sorted(SUFFIXES))} and .tar)")
 
@@ -711,8 +809,8 @@ class Pictures:
                 picture = open_picture(io.BytesIO(f.read(min(length, 1 << 30))))
         else:
             picture = open_picture(self.data / name)
-        if min(picture.size) * 4 < size:
-            raise ValueError(f"{picture.width} x {picture.height} pixels are too few for {size}")
+        if min(picture.size) * 4 < size or max(picture.size) > 100 * min(picture.size):
+            raise ValueError(f"{picture.width} x {picture.height} pixels are too few or too thin for {size}")
         return picture
 
 

@@ -124,10 +124,8 @@ def main():
     machine = Machine(cfg.device, cfg.dtype, training=False)
     if not Path(cfg.data, "captions.tsv").is_file():
         fail(f"{cfg.data} is no toy world (no captions.tsv); draw one with toy.py")
-    gpt, vqgan, clip = sample.load(cfg, machine)
+    gpt, vqgan, clip, options = sample.load(cfg, machine)
     judge = get_judge(cfg, machine)
-    options = {k: v if getattr(cfg, k, None) is None else getattr(cfg, k) for k, v in
-               (sample.CLASSIC if gpt.cfg.classic else sample.MODERN).items()}
 
     drawings, rows = read_world(cfg.data, "heldout")
     table = {"true held-out drawings": match(judge, drawings, rows, machine)}

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (HOW, Amount, Count, Device, Dtype, Machine, Pictures, Progress, Share, Whole, configure, crop, fail,
-                    file_sha256, held_out, load_clip, load_vqgan, millions, show, to_tensor, whole, write_json)
+from common import (HOW, Amount, Count, Device, Dtype, Machine, Pictures, Progress, Share, Whole, Zoom, configure, crop,
+                    digest, fail, file_sha256, held_out, load_clip, load_vqgan, lock, millions, show, to_tensor, whole,
+                    write_json)
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Config:
     trust_jit: bool = False             # run the code in a --clip file that is a TorchScript archive of unknown origin
     seed: Whole = 0                     # of the crops
     crops: Count = 2                    # rows of each training picture; the first is the plain centre crop
-    min_zoom: Share = 0.9               # the others show between this share of the picture's short side and all of it
+    min_zoom: Zoom = 0.9                # the others show between this share of the picture's short side and all of it
     flip: bool = True                   # mirror half of the others
     val_percent: Amount = 2.0           # of the pictures that are held out, chosen by name
     max_bad: Share = 0.5                # stop if more of the pictures than this can't be read
@@ -89,14 +90,16 @@ def main():
     vqgan, vqgan_sha, vcfg = load_vqgan(cfg.vqgan, machine.device)
     clip = load_clip(cfg.clip, machine.device, cfg.trust_jit)
     out, parts = Path(cfg.out), Path(cfg.out, "parts")
+    machine.lock = lock(out, machine)  # held for as long as this process lives
     made = {"config": asdict(cfg), "vqgan": str(cfg.vqgan), "vqgan_sha256": vqgan_sha, "clip": clip.name,
-            "clip_sha256": clip.sha256, "sources": len(names)}
+            "clip_sha256": clip.sha256, "sources": len(names), "sources_sha256": source.sha256}
     finished = out / "meta.json"
     for path in (finished, parts / "made.json"):
         if path.exists():
             refuse_other(path, made)
     if finished.exists():
         machine.say(f"{finished} is finished; to prepare again, choose another --out")
+        shutil.rmtree(parts, ignore_errors=True)
         return
     splits = {"train": [n for n in names if not held_out(n, cfg.val_percent)],
               "val": [n for n in names if held_out(n, cfg.val_percent)]}
@@ -119,9 +122,9 @@ def main():
     bar, bad = Progress(sum(map(len, splits.values())), unit="picture"), 0
     for split, mine in splits.items():
         chunks = Chunks(source, mine, cfg, vcfg.image_size, clip.size, cfg.crops if split == "train" else 1)
-        todo = [c for c in range(len(chunks)) if not (parts / f"{split}{c:06d}.npz").exists()]
+        todo = [c for c in range(machine.rank, len(chunks), machine.world)  # by number: ranks agree on who does what
+                if not (parts / f"{split}{c:06d}.npz").exists()]
         bar(len(mine) - sum(len(mine[c * cfg.chunk:(c + 1) * cfg.chunk]) for c in todo))
-        todo = todo[machine.rank::machine.world]
         loader = torch.utils.data.DataLoader(chunks, None, sampler=todo, num_workers=cfg.workers, prefetch_factor=1 if
                                              cfg.workers else None)
         for c, pixels, clip_pixels, skipped in loader:
@@ -150,7 +153,7 @@ def refuse_other(path, made):
     try:
         old = json.loads(path.read_text())
         differ = [k for k in made["config"] if k not in HOW and old["config"].get(k) != made["config"][k]]
-        differ += [k for k in ("vqgan_sha256", "clip_sha256", "sources") if old.get(k) != made[k]]
+        differ += [k for k in ("vqgan_sha256", "clip_sha256", "sources_sha256") if old.get(k) != made[k]]
         was = ", ".join(f"{k}={show(old['config'].get(k, old.get(k)))}" for k in differ)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         fail(f"{path} can't be read; move it away, or choose another folder with --out")
@@ -182,11 +185,13 @@ def join(out, parts, splits, cfg, made, vcfg, clip, dtype, machine):
              f"{skipped[0] if skipped else 'all are held out'}")
     files = {f"{s}_{kind}.bin": file_sha256(out / f"{s}_{kind}.bin") for s in splits for kind in ("tokens", "clip")}
     texts = clip.text(GENERIC)
-    write_json(out / "meta.json", {
+    meta = {
         **made, "train_rows": rows["train"], "val_rows": rows["val"], "tokens": (vcfg.image_size // vcfg.factor) ** 2,
         "grid": vcfg.image_size // vcfg.factor, "codes": vcfg.codes, "tokens_dtype": np.dtype(dtype).name,
         "clip_dim": clip.dim, "clip_dtype": "float16", "files": files, "image_mean": (total / rows["train"]).tolist(),
-        "text_mean": texts.double().mean(0).tolist(), "skipped_count": len(skipped), "skipped": skipped})
+        "text_mean": texts.double().mean(0).tolist(), "skipped_count": len(skipped), "skipped": skipped}
+    meta = json.loads(json.dumps(meta))  # as it will be read back
+    write_json(out / "meta.json", meta | {"digest": digest(meta)})
     shutil.rmtree(parts)
     first = f", the first: {': '.join(skipped[0])}" if skipped else ""
     machine.say(f"wrote {rows['train']} training and {rows['val']} validation rows to {out}; {len(skipped)} pictures "

@@ -69,8 +69,18 @@ def similarity(clip, pictures, embedding):
     return [(clip.image(to_tensor(crop(p, clip.size))[None].to(clip.device))[0] @ embedding).item() for p in pictures]
 
 
+def settings(cfg, gpt, meta):
+    """The sampling options as a dict, what was left to `auto` filled in for this kind of GPT."""
+    dropped = not gpt.cfg.classic and meta.get("config", {}).get("drop", 1) > 0
+    defaults = CLASSIC if gpt.cfg.classic else MODERN if dropped else MODERN | {"cfg": 1.0}
+    options = {k: v if getattr(cfg, k, None) is None else getattr(cfg, k) for k, v in defaults.items()}
+    if options["cfg"] != 1 and not dropped:
+        fail(f"--cfg={options['cfg']} needs a GPT trained with dropped conditions, which this one is not; use --cfg=1")
+    return options
+
+
 def load(cfg, machine):
-    """The three networks: (gpt, vqgan, clip), after checking that they belong together."""
+    """The three networks and the sampling options (gpt, vqgan, clip, options), which are checked to go together."""
     path = cfg.gpt
     if not path:
         found = sorted(Path("out").glob("**/gpt.pt"), key=lambda p: p.stat().st_mtime)
@@ -87,7 +97,7 @@ def load(cfg, machine):
     if clip.sha256 != meta.get("clip_sha256", clip.sha256) or clip.dim != gpt.cfg.cond_dim:
         fail(f"{path} was trained on embeddings of another CLIP than {clip_name}; name that one with --clip")
     machine.say(f"sample: GPT {path} ({millions(gpt)}), VQGAN {vqgan_path}, CLIP {clip_name}, on {machine}")
-    return gpt, vqgan, clip
+    return gpt, vqgan, clip, settings(cfg, gpt, meta)
 
 
 def main():
@@ -96,17 +106,17 @@ def main():
         fail('give either words, as in python sample.py "a red bus", or a picture, --image=FILE')
     if Path(cfg.out).suffix.lower() != ".png":
         fail(f"--out={cfg.out} must end in .png")
+    try:
+        "".join(cfg.prompts).encode()
+    except UnicodeEncodeError:
+        fail("a prompt is not UTF-8; type it on a terminal that is")
     machine = Machine(cfg.device, cfg.dtype, training=False)
     if cfg.image:
         try:
             picture = open_picture(cfg.image)
         except (OSError, ValueError) as e:
             fail(f"{cfg.image} is no picture that can be read ({e})")
-    gpt, vqgan, clip = load(cfg, machine)
-    options = {k: v if getattr(cfg, k) is None else getattr(cfg, k) for k, v in
-               (CLASSIC if gpt.cfg.classic else MODERN).items()}
-    if gpt.cfg.classic and options["cfg"] != 1:
-        fail(f"--cfg={options['cfg']} needs a GPT trained with dropped conditions, which classic is not; use --cfg=1")
+    gpt, vqgan, clip, options = load(cfg, machine)
     n, count = options["n"], max(options["n"], options["candidates"])
 
     pictures, labels, begun, seconds = [], [], time.time(), 0.0
@@ -134,7 +144,7 @@ def main():
     machine.say(f"{len(labels) * count} pictures in {time.time() - begun:.1f} s; "
                 f"the GPT wrote {tokens / seconds:.0f} tokens/s")
     for i, p in enumerate(pictures):
-        name = re.sub(r"\W+", "-", labels[i // n])[:60].strip("-")
+        name = re.sub(r"\W+", "-", labels[i // n]).encode()[:60].decode(errors="ignore").strip("-")
         with whole(Path(cfg.out).with_suffix("") / f"{i // n:02d}-{name}-{i % n}.png") as f:
             p.save(f)
     across = max(1, min(round(len(labels) ** 0.5), 1100 // (n * (pictures[0].width + 4))))  # prompts side by side

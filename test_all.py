@@ -3,13 +3,16 @@
 Networks first, each equality after every zero-initialised tensor has been filled with noise, so that nothing passes
 because it is nought; then files and the config line; then every stage through its real command line, on a world of a
 few dozen drawings; then every mistake a user can make."""
+import contextlib
 import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,9 +313,10 @@ def write_dump(folder, rows=50, t=16, d=24, codes=48, seed=0):
             folder.mkdir(exist_ok=True)
             x.tofile(folder / f"{split}_{kind}.bin")
             files[f"{split}_{kind}.bin"] = common.file_sha256(folder / f"{split}_{kind}.bin"), x
-    (folder / "meta.json").write_text(json.dumps({
+    meta = {
         "train_rows": rows, "val_rows": 8, "tokens": t, "grid": 4, "codes": codes, "clip_dim": d,
-        "tokens_dtype": "uint16", "clip_dtype": "float16", "files": {k: v[0] for k, v in files.items()}}))
+        "tokens_dtype": "uint16", "clip_dtype": "float16", "files": {k: v[0] for k, v in files.items()}}
+    (folder / "meta.json").write_text(json.dumps(meta | {"digest": common.digest(meta)}))
     return {k: v[1] for k, v in files.items()}
 
 
@@ -754,7 +758,7 @@ def test_dump_rows_follow_the_sorted_sources(world):
     assert meta["train_rows"] == 3 * len(train) and meta["val_rows"] == len(val) and "deeper/grey.jpg" in names
     assert [x[0] for x in meta["skipped"]] == ["broken.png"] and meta["skipped_count"] == 1 and meta["skipped"][0][1]
     network, digest, cfg = common.load_vqgan(d / "out/toy/vqgan.pt", "cpu")
-    assert digest == meta["vqgan_sha256"] == common.sha256(network.state_dict())
+    assert digest == meta["vqgan_sha256"] == common.digest(network.state_dict())
     clip = common.load_clip(d / "out/toy/clip.pt")
     for i in (0, 7, len(train) - 1):  # the first row of each picture is its centre crop
         picture = common.open_picture(d / "data/toy/train" / train[i])
@@ -900,6 +904,227 @@ def test_too_many_bad_pictures_stop_a_run(world, tmp_path):
     command(*args, "--max_bad=0.5", cwd=d)  # told to go on, it does, in the same folder
 
 
+# ------------------------------------------------------------------------------------- killed, damaged, hostile
+
+
+STAGES = {  # stage: command, the files it leaves for others
+    "toy": (["toy.py", *TOY, "--data={}/world", "--out={}", "--workers=1"],
+            ["clip.pt", "world/captions.tsv", "toy.jsonl"]),
+    "vqgan": (["vqgan.py", *VQ, "--out={}", "--workers=0"], ["vqgan.jsonl"]),
+    "prepare": (["prepare.py", "--val_percent=10", "--chunk=16", "--out={}", "--workers=0"],
+                ["train_tokens.bin", "train_clip.bin", "val_tokens.bin", "val_clip.bin"]),
+    "gpt": (["train_gpt.py", *GPT_ARGS, "--eval_every=1", "--out={}"], ["gpt.jsonl"])}
+
+
+def outcome(stage, folder):
+    """What a finished stage left, comparable: weights and files, logs without their times."""
+    found = {}
+    for name in STAGES[stage][1]:
+        data = (folder / name).read_bytes()
+        found[name] = [json.loads(x) | {"time": 0} for x in data.splitlines()] if name.endswith("l") else data
+    if stage != "prepare":
+        checkpoint = torch.load(folder / f"{stage}.pt", weights_only=True)
+        found |= {k: v.numpy().tobytes() for k, v in checkpoint["model"].items()}
+    return found
+
+
+def kill_and_go_on(world, tmp_path, stage, kills, seed):
+    """Killed by the system at random moments of its life, the same command again ends with what an uninterrupted run
+    leaves, bit for bit, the log with every line once, and no temporary file."""
+    d, rng = world[0], np.random.default_rng(seed)
+
+    def run(folder):
+        args = [a.format(folder) for a in STAGES[stage][0]]
+        return subprocess.Popen([sys.executable, str(HERE / args[0]), *args[1:]], cwd=d, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(HERE)})
+    begun = time.time()
+    assert run(tmp_path / "whole").wait() == 0
+    length, left = time.time() - begun, kills
+    for attempt in range(100):
+        child, until = run(tmp_path / "killed"), rng.uniform(0.3, 1) * length
+        try:
+            child.wait(until if left else 240)
+            assert child.returncode == 0
+            if not left:
+                break
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            left -= 1
+            continue
+        shutil.rmtree(tmp_path / "killed")  # it finished before it was to be killed: from the beginning
+    assert outcome(stage, tmp_path / "whole") == outcome(stage, tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("**/*tmp*"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_random_moments(world, tmp_path, stage):
+    kill_and_go_on(world, tmp_path, stage, 3, 0)
+
+
+@slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_slow_killed_at_random_moments(world, tmp_path, stage):
+    kill_and_go_on(world, tmp_path, stage, 20, 1)
+
+
+def test_a_polite_kill_saves_first(world, tmp_path):
+    args = [sys.executable, str(HERE / "train_gpt.py"), *GPT_ARGS, "--max_steps=100000", "--eval_every=100000",
+            f"--out={tmp_path}"]
+    child = subprocess.Popen(args, cwd=world[0], stdout=subprocess.PIPE, text=True,
+                             env=os.environ | {"PYTHONPATH": str(HERE)})
+    while not (tmp_path / "gpt.jsonl").exists():
+        assert child.poll() is None
+    child.terminate()
+    out = child.communicate(timeout=60)[0]
+    step = torch.load(tmp_path / "gpt.ckpt", weights_only=True)["step"]
+    assert child.returncode == 130 and f"at step {step}; the same command goes on" in out and step >= 1
+
+
+def test_a_folder_in_use_is_refused(world, tmp_path):
+    held = common.lock(tmp_path, common.Machine("cpu", "float32"))
+    for script, args in (("train_gpt.py", GPT_ARGS), ("vqgan.py", VQ), ("prepare.py", [])):
+        assert "another run" in command(HERE / script, *args, f"--out={tmp_path}", cwd=world[0], ok=2).stderr
+    held.close()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(world, tmp_path):
+    """Files may grow to 300 kB and no further, as on a disk that is full."""
+    d, _ = world
+    command(HERE / "train_gpt.py", *GPT_ARGS, f"--out={tmp_path}", cwd=d)
+    (tmp_path / "gpt.pt").rename(tmp_path / "gpt.ckpt")
+    checkpoint = torch.load(tmp_path / "gpt.ckpt", weights_only=True)
+    checkpoint = {k: v for k, v in checkpoint.items() if k != "digest"} | {"step": 3}
+    torch.save(checkpoint | {"digest": common.digest(checkpoint)}, tmp_path / "gpt.ckpt")
+    before = (tmp_path / "gpt.ckpt").read_bytes()
+    code = (f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); "
+            f"sys.argv[1:] = {[*GPT_ARGS, f'--out={tmp_path}']!r}; sys.path.insert(0, {str(HERE)!r}); "
+            f"runpy.run_path({str(HERE / 'train_gpt.py')!r}, run_name='__main__')")
+    done = command("-c", code, cwd=d, ok=2)
+    assert "could not write" in done.stderr and "gpt.ckpt" in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "gpt.ckpt").read_bytes() == before
+    done = command(HERE / "train_gpt.py", *GPT_ARGS, f"--out={tmp_path}/gpt.ckpt/sub", cwd=d, ok=2)
+    assert "could not write" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_steps_that_are_not_finite_are_skipped_and_many_stop_the_run(world, tmp_path):
+    d, _ = world
+    for script, args in (("train_gpt.py", GPT_ARGS), ("vqgan.py", VQ)):
+        done = command(HERE / script, *args, "--learning_rate=1e38", "--max_steps=60", "--dtype=float32",
+                       f"--out={tmp_path}", cwd=d, ok=2)
+        assert "20 steps in a row were not finite" in done.stderr and done.stderr.count("\n") == 1
+        assert "step skipped" in done.stdout
+
+
+@pytest.mark.parametrize("what", ["cut", "bit", "swap"])
+def test_damaged_checkpoints_are_found(world, tmp_path, what, capsys):
+    data = bytearray((world[0] / "out/toy/vqgan.pt").read_bytes())
+    if what == "bit":
+        data[len(data) // 2] ^= 64
+    elif what == "swap":  # another run's weights under this run's name
+        checkpoint = torch.load(world[0] / "out/toy/vqgan.pt", weights_only=True)
+        checkpoint["ema"] = {k: v + 0.1 for k, v in checkpoint["ema"].items()}
+        torch.save(checkpoint, tmp_path / "v.pt")
+        data = (tmp_path / "v.pt").read_bytes()
+    (tmp_path / "v.pt").write_bytes(data[:-1000] if what == "cut" else data)
+    with pytest.raises(SystemExit) as e:
+        common.load_vqgan(tmp_path / "v.pt", "cpu")
+    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def mutate(data, rng):
+    """One of the ways in which files go bad: cut, bits flipped, a stretch zeroed, doubled or overwritten."""
+    data, way = bytearray(data), rng.integers(5)
+    a, b = sorted(rng.integers(len(data) + 1, size=2))
+    if way == 0:
+        return bytes(data[:a])
+    if way == 1:
+        for i in rng.integers(len(data), size=rng.integers(1, 20)):
+            data[i] ^= 1 << rng.integers(8)
+    elif way == 2:
+        data[a:b] = bytes(b - a)
+    elif way == 3:
+        data[a:a] = data[a:b]
+    else:
+        data[a:a + 8] = rng.bytes(8)
+    return bytes(data)
+
+
+def fuzz(world, tmp_path, count, seed):
+    """Mutated pictures, tars, metas, config lines and checkpoints: each is read in full, or refused by an OSError or
+    ValueError (pictures, which are then skipped) or by one line and exit code 2. Anything else fails the test."""
+    d, rng = world[0], np.random.default_rng(seed)
+    seeds = []
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):
+        picture = io.BytesIO()
+        Image.fromarray(rng.integers(256, size=(24, 24, 3)).astype(np.uint8)).save(picture, kind)
+        seeds.append(("picture", picture.getvalue()))
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as t:
+        for i in range(3):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(seeds[0][1])
+            t.addfile(member, io.BytesIO(seeds[0][1]))
+    write_dump(tmp_path / "dump")
+    seeds += [("tar", tar.getvalue()), ("meta", (tmp_path / "dump/meta.json").read_bytes()),
+              ("config", "--size=7 --rate=0.5 --widths=1,2 --flip=True --best=3 --name=x".encode()),
+              ("checkpoint", (d / "out/toy/gpt.pt").read_bytes()), ("clip", b"")]
+    small = {"stage": "gpt", "network": {}, "ema": {"a": torch.ones(3)}, "step": 1}
+    torch.save(small | {"digest": common.digest(small)}, tmp_path / "small.pt")
+    seeds.append(("checkpoint", (tmp_path / "small.pt").read_bytes()))
+    refused = 0
+    for i in range(count):
+        kind, data = seeds[i % len(seeds)]
+        data = mutate(data, rng) if data else rng.bytes(100)
+        path = tmp_path / f"fuzz{'.tar' if kind == 'tar' else '.png'}"
+        path.write_bytes(data)
+        begun = time.time()
+        try:
+            if kind == "picture":
+                assert common.open_picture(path).mode == "RGB"
+            elif kind == "tar":
+                pictures = common.Pictures(str(path))
+                for name in pictures.names:
+                    with contextlib.suppress(OSError, ValueError):
+                        pictures.open(name)
+            elif kind == "meta":
+                (tmp_path / "dump/meta.json").write_bytes(data)
+                train_gpt.open_dump(tmp_path / "dump")
+            elif kind == "config":
+                common.configure(Options, data.decode(errors="surrogateescape").split())
+            else:
+                (common.load_clip if kind == "clip" else common.load_gpt)(path, "cpu")
+        except SystemExit as e:
+            assert e.code in (0, 2) if kind == "config" else e.code == 2  # 0: it may have turned into --help
+            refused += 1
+        except (OSError, ValueError):
+            assert kind == "picture"
+            refused += 1
+        assert time.time() - begun < 20
+    assert refused > count / 4
+
+
+def test_fuzzed_files_are_read_or_refused(world, tmp_path):
+    fuzz(world, tmp_path, 200, 0)
+
+
+@slow
+def test_slow_fuzzed_files_are_read_or_refused(world, tmp_path):
+    fuzz(world, tmp_path, 2400, 1)
+
+
+def test_odd_prompts_draw_or_are_refused(world, tmp_path):
+    d, _ = world
+    for prompt in ("", "\N{BUS}\N{SNOWMAN}", "../../up", "a\nb"):
+        command(HERE / "sample.py", prompt, "--n=1", f"--out={tmp_path}/s.png", cwd=d)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "s.png"]  # nothing outside
+    bad = [sys.executable.encode(), str(HERE / "sample.py").encode(), b"a \xff\xfe bus"]
+    done = subprocess.run(bad, cwd=d, capture_output=True)
+    assert done.returncode == 2 and b"UTF-8" in done.stderr and done.stderr.count(b"\n") == 1
+    begun, clip = time.time(), common.load_clip(d / "out/toy/clip.pt")
+    assert clip.tokenize(["a red bus " * 10 ** 6])[1] and clip.tokenize(["x" * 10 ** 7])[1] and time.time() - begun < 20
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -937,7 +1162,7 @@ def bad_world(world):
     (d / "other").mkdir()
     checkpoint = torch.load(d / "out/toy/vqgan.pt", weights_only=True)
     checkpoint["ema"] = {k: v + 0.01 for k, v in checkpoint["ema"].items()}
-    torch.save(checkpoint | {"sha256": common.sha256(checkpoint["ema"])}, d / "other/vqgan.pt")
+    torch.save(checkpoint | {"sha256": common.digest(checkpoint["ema"])}, d / "other/vqgan.pt")
     weights = torch.load(d / "out/toy/clip.pt", weights_only=True)
     torch.save(weights | {"logit_scale": weights["logit_scale"] + 1}, d / "other/clip.pt")
     return d

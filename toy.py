@@ -7,7 +7,6 @@ is not needed."""
 import csv
 import json
 import math
-import multiprocessing
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from common import (Amount, Clip, Count, Device, Dtype, Machine, Progress, Run, Whole, clip_package, configure, fail,
-                    learning_rate, load_clip, millions, open_picture, save_grid, to_tensor, whole, write_json)
+                    learning_rate, millions, open_picture, save_grid, to_tensor, whole, write_json)
 
 
 @dataclass
@@ -122,9 +121,8 @@ def draw(size, object, colour, background, radius, x, y, shade):
     return im.resize((size, size), Image.Resampling.BOX)
 
 
-def draw_one(job):
+def draw_one(folder, seed, i, size, split):
     """Draw picture number i of the world into its file and return its row of captions.tsv."""
-    folder, seed, i, size, split = job
     rng = np.random.default_rng((seed, i))
     fact = {name: str(rng.choice(list(options))) for name, options in
             (("object", OBJECTS), ("colour", COLOURS), ("background", BACKGROUNDS), ("size", SIZES))}
@@ -136,6 +134,21 @@ def draw_one(job):
     path = f"{split}/{i:06d}.png"
     picture.save(f"{folder}/{path}", compress_level=1)
     return {"path": path, **fact, "caption": caption, "split": split}
+
+
+class Drawings(torch.utils.data.Dataset):
+    """Item c: pictures 100c .. 100c+99 drawn into their files, as a list of their rows."""
+
+    def __init__(self, folder, cfg):
+        self.folder, self.cfg, self.total = folder, cfg, cfg.train_pictures + cfg.heldout_pictures
+
+    def __len__(self):
+        return -(-self.total // 100)
+
+    def __getitem__(self, c):
+        return [draw_one(self.folder, self.cfg.seed, i, self.cfg.image_size,
+                         "train" if i < self.cfg.train_pictures else "heldout")
+                for i in range(100 * c, min(self.total, 100 * c + 100))]
 
 
 def draw_world(cfg):
@@ -152,18 +165,20 @@ def draw_world(cfg):
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for split in ("train", "heldout"):
-        (partial / split).mkdir(parents=True)
-    n, total = cfg.train_pictures, cfg.train_pictures + cfg.heldout_pictures
-    jobs = [(str(partial), cfg.seed, i, cfg.image_size, "train" if i < n else "heldout") for i in range(total)]
-    bar = Progress(total, unit="drawing")
-    with multiprocessing.Pool(max(1, cfg.workers)) as pool, open(partial / "captions.tsv", "w", newline="") as f:
+    try:
+        for split in ("train", "heldout"):
+            (partial / split).mkdir(parents=True)
+    except OSError as e:
+        fail(f"could not write {partial}: {e.strerror}; choose another folder with --data")
+    drawings = Drawings(str(partial), cfg)
+    bar = Progress(drawings.total, unit="drawing")
+    with open(partial / "captions.tsv", "w", newline="") as f:
         rows = csv.DictWriter(f, ["path", "object", "colour", "background", "size", "caption", "split"],
                               delimiter="\t", lineterminator="\n")
         rows.writeheader()
-        for row in pool.imap(draw_one, jobs, chunksize=100):
-            rows.writerow(row)
-            bar()
+        for some in torch.utils.data.DataLoader(drawings, None, num_workers=cfg.workers):
+            rows.writerows(some)
+            bar(len(some))
     write_json(partial / "world.json", world)
     partial.rename(folder)
 
@@ -193,6 +208,8 @@ def shrink(pixels, size):
 
 def main():
     cfg = configure(Config)
+    if cfg.image_size < 32 or cfg.text_width % 64 or cfg.vision_width % 2:
+        fail("--image_size must be 32 or more, --text_width a multiple of 64, --vision_width of 2")
     machine = Machine(cfg.device, cfg.dtype)
     run = Run("toy", cfg, machine, {})
     machine.say(f"toy: {cfg.train_pictures} + {cfg.heldout_pictures} drawings of {cfg.image_size} px in {cfg.data}, "
@@ -229,24 +246,28 @@ def main():
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        good = math.isfinite(loss.item() + norm.item())
+        run.skip(step, good)
+        if good:
+            optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
         run.log(step=step + 1, loss=loss.item())
         bar(loss=loss.item())
+        if step + 1 == cfg.max_steps:
+            heldout, rows = read_world(cfg.data, "heldout")
+            accuracy = zero_shot(Clip(model.eval(), "toy", machine.device), heldout, rows)
+            run.log(step=step + 1, zero_shot=accuracy)
+            machine.say(f"toy CLIP names colour and object of {accuracy:.1%} of {len(rows)} held-out drawings")
+            save_grid(f"{cfg.out}/world.png", [Image.fromarray(p) for p in heldout[:96]], 12)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.max_steps or run.stopping:
             run.save(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
 
     with whole(f"{cfg.out}/clip.pt") as f:
         torch.save(model.state_dict(), f)
-    clip = load_clip(f"{cfg.out}/clip.pt", machine.device)
-    heldout, rows = read_world(cfg.data, "heldout")
-    accuracy = zero_shot(clip, heldout, rows)
-    save_grid(f"{cfg.out}/world.png", [Image.fromarray(p) for p in heldout[:96]], 12)
-    run.log(step=cfg.max_steps, zero_shot=accuracy)
-    machine.say(f"toy CLIP names colour and object of {accuracy:.1%} of {len(rows)} held-out drawings; "
-                f"wrote {cfg.out}/clip.pt, {cfg.out}/world.png")
     run.finish()
+    machine.say(f"wrote {cfg.out}/clip.pt and {cfg.out}/world.png; next: python vqgan.py --out={cfg.out}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import (Amount, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, fail,
-                    file_sha256, learning_rate, load_vqgan, millions, save_grid, to_image)
+from common import (Amount, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, digest,
+                    fail, file_sha256, learning_rate, load_vqgan, millions, save_grid, to_image)
 from model import GPT, GPTConfig
 
 Preset = Literal["", "paper", "24gb"]
@@ -43,7 +43,7 @@ class Config:
     learning_rate: Amount = 3e-3        # peak, AdamW, warm-up then cosine
     warmup: Whole = 50                  # steps of linear warm-up
     weight_decay: Amount = 0.1          # on matrices only
-    grad_clip: Amount = 1.0             # largest gradient norm
+    grad_clip: Amount = 1.0             # largest gradient norm, 0 is none
     ema: Share = 0.99                   # decay of the moving average of the weights, which is what sampling uses
     eval_every: Count = 250             # steps between evaluations, each with a checkpoint and grid.png
     eval_rows: Count = 1024             # validation rows, always the same
@@ -69,6 +69,8 @@ def open_dump(folder):
         fail(f"there is no dump in {folder} (no meta.json); make one with prepare.py --out={folder}")
     try:
         meta = json.loads(path.read_text())
+        if meta.pop("digest") != digest(meta):
+            fail(f"{path} is not what prepare.py wrote; prepare again into another folder")
         shapes = {f"{s}_{kind}.bin": (meta[f"{s}_rows"], meta[width], meta[f"{kind}_dtype"])
                   for s in ("train", "val") for kind, width in (("tokens", "tokens"), ("clip", "clip_dim"))}
         arrays = {}
@@ -147,7 +149,8 @@ def main():
 
     part = cfg.batch_size // machine.world // cfg.accumulate
     example = [put(x[:part]) for x in batch(0)]
-    loss_of = machine.compile(model.loss, cfg.compile, (model.condition(example[1]), example[0], example[3]))
+    loss_of = machine.compile(model.loss, cfg.compile, (model.condition(example[1]), example[0],
+                                                              None if cfg.classic else example[3]))
     bar, begun = Progress(cfg.max_steps, run.step), time.time()
     for step in range(run.step, cfg.max_steps):
         for group in optimizer.param_groups:
@@ -164,13 +167,17 @@ def main():
             total += loss.detach()
         machine.average_gradients(params)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
-        scaler.step(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
+        loss = machine.sum(total).item() / machine.world
+        good = math.isfinite(loss + norm.item())
+        run.skip(step, good or scaler.is_enabled())  # a scaler skips such steps itself, and lowers its scale
+        if good or scaler.is_enabled():
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), params, 1 - min(cfg.ema, (step + 1) / (step + 10)))
-        loss = machine.sum(total).item() / machine.world
+        if good:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), params, 1 - min(cfg.ema, (step + 1) / (step + 10)))
         speed = (step + 1 - run.step) * cfg.batch_size * meta["tokens"] / (time.time() - begun)
         run.log(step=step + 1, loss=loss, grad_norm=norm.item(), time=time.time() - begun)
         bar(loss=loss, of=know_nothing, tokens_per_s=speed)

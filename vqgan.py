@@ -5,6 +5,7 @@ codebook, a decoder paints the picture again. What is kept is what fits into the
 matters: pixels (L1 + L2), what CLIP's image encoder sees at several depths (perceptual), and late in training a
 discriminator that judges patches. Pictures alone are read, no captions."""
 import contextlib
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -14,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Pictures, Progress, Run, Share, Whole,
-                    configure, crop, fail, held_out, learning_rate, load_clip, millions, save_grid, sha256, to_image,
-                    to_tensor)
+                    Zoom, configure, crop, digest, fail, held_out, learning_rate, load_clip, millions, save_grid,
+                    to_image, to_tensor)
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
 
 Preset = Literal["", "paper", "24gb"]
@@ -32,7 +33,7 @@ class Config:
     # pictures
     image_size: Count = 64              # pixels a side
     val_percent: Amount = 2.0           # of the pictures that are never trained on, chosen by name
-    min_zoom: Share = 0.8               # random crops show between this share of the picture's short side and all of it
+    min_zoom: Zoom = 0.8                # random crops show between this share of the picture's short side and all of it
     flip: bool = True                   # mirror half of the pictures
     max_bad: Share = 0.5                # stop if more of the pictures than this can't be read
     workers: Whole = 2                  # decoding processes
@@ -138,8 +139,8 @@ def main():
     names = source.names
     train = [n for n in names if not held_out(n, cfg.val_percent)] or fail(f"all of {cfg.data} is held out, none left")
     val = [n for n in names if held_out(n, cfg.val_percent)] or train
-    clip = load_clip(cfg.clip, machine.device, cfg.trust_jit)
-    run = Run("vqgan", cfg, machine, {"clip": clip.sha256})
+    clip = load_clip(cfg.clip, machine.device, cfg.trust_jit) if cfg.perceptual else None
+    run = Run("vqgan", cfg, machine, {"CLIP": clip and clip.sha256, "list of pictures": source.sha256})
 
     torch.manual_seed(cfg.seed)
     model = VQGAN(vcfg).to(machine.device, memory_format=torch.channels_last)
@@ -162,7 +163,7 @@ def main():
             opt.load_state_dict(run.resume["optimizers"][name])
         model.quantize.usage.copy_(run.resume["usage"])
         generator.set_state(run.resume["rng"])
-    features = perceptual_features(clip.model.visual)
+    features = perceptual_features(clip.model.visual) if clip else None
     side = cfg.image_size // vcfg.factor
     machine.say(f"vqgan: {millions(model)}, {cfg.image_size} px -> {side} x {side} tokens of {cfg.codes} codes; "
                 f"{len(train)} pictures of {cfg.data} to train on, {len(val)} held out; "
@@ -191,8 +192,10 @@ def main():
         x = to_tensor(batch.numpy()).to(machine.device, memory_format=torch.channels_last)
         return x * 2 - 1                                                               # (B, 3, S, S) in [-1, 1]
 
+    blank = torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=machine.device)
+    net = machine.compile(model, cfg.compile, (blank, cfg.beta, False))
     batches = Batches(source, train, cfg, machine.rank, machine.world)
-    fixed = validation_pictures(cfg, source, val)                                              # (V, S, S, 3)
+    fixed = validation_pictures(cfg, source, val + train)                                              # (V, S, S, 3)
     bar, bad = Progress(cfg.max_steps, run.step), set()
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(run.step, cfg.max_steps),
                                          num_workers=cfg.workers)
@@ -214,7 +217,7 @@ def main():
                 group["lr"] = learning_rate(step, cfg.learning_rate, cfg.warmup, cfg.max_steps)
 
         with machine.autocast():
-            recon, loss, parts, tokens, z = losses(model, x, quantized)
+            recon, loss, parts, tokens, z = losses(net, x, quantized)
             if adversarial:
                 gan = -disc(recon).mean()
                 # the adaptive weight: both losses pull equally at the decoder's last layer (Esser et al. eq. 7), capped
@@ -226,19 +229,26 @@ def main():
         model.zero_grad()
         scaler.scale(loss).backward()
         machine.average_gradients(model.parameters())
-        scaler.step(opts["muon"])
-        scaler.step(opts["adam"])
+        scaler.unscale_(opts["muon"])
+        scaler.unscale_(opts["adam"])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        good = math.isfinite(machine.sum(loss.detach().clone()).item() + norm.item())
+        run.skip(step, good or scaler.is_enabled())  # a scaler skips such steps itself, and lowers its scale
+        if good or scaler.is_enabled():
+            scaler.step(opts["muon"])
+            scaler.step(opts["adam"])
         if adversarial:
             with machine.autocast():
                 parts["disc"] = disc_loss = hinge_loss(disc(x), disc(recon.detach()))
             disc.zero_grad()
             scaler.scale(disc_loss).backward()
             machine.average_gradients(disc.parameters())
-            scaler.step(opts["disc"])
+            if good:
+                scaler.step(opts["disc"])
         scaler.update()
 
         facts = {}
-        if quantized:
+        if quantized and good:
             counts = machine.sum(torch.bincount(tokens.flatten(), minlength=cfg.codes))
             p = counts / counts.sum()
             facts = {"perplexity": torch.exp(-(p * p.clamp(min=1e-9).log()).sum()).item(),
@@ -248,7 +258,8 @@ def main():
             decay = min(cfg.ema, (step + 1) / (step + 10))
             if step == cfg.vq_start:
                 ema.quantize.load_state_dict(model.quantize.state_dict())
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            if good:
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         facts = {k: v.item() for k, v in parts.items()} | facts
         run.log(step=step + 1, loss=loss.item(), **facts)
         bar(loss=loss.item(), **facts)
@@ -272,30 +283,36 @@ def main():
             run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), disc=disc.state_dict(),
                      optimizers={k: o.state_dict() for k, o in opts.items()}, scaler=scaler.state_dict(),
                      usage=model.quantize.usage, rng=generator.get_state(),
-                     network=asdict(vcfg), sha256=sha256(ema.state_dict()))
+                     network=asdict(vcfg), sha256=digest(ema.state_dict()))
     run.finish()
     machine.say(f"wrote {run.final} and {cfg.out}/recon.png; "
-                f"next: python prepare.py --vqgan={run.final} --data={cfg.data}")
+                f"next: python prepare.py --vqgan={run.final} --data={cfg.data} --clip={cfg.clip} --out=...")
 
 
 def validation_pictures(cfg, source, names, most=256):
-    """The first readable ones of the held-out pictures, centre crops, uint8 (V, S, S, 3)."""
+    """Centre crops of the first readable ones, uint8 (V, S, S, 3). Few held-out pictures are made up by others."""
     pictures = []
     for name in names:
         with contextlib.suppress(OSError, ValueError):
             pictures.append(crop(source.open(name, cfg.image_size), cfg.image_size))
         if len(pictures) == most:
             break
-    return np.stack(pictures) if pictures else fail(f"none of the pictures of {cfg.data} held out can be read")
+    return np.stack(pictures) if pictures else fail(f"none of the {len(names)} pictures of {cfg.data} can be read")
 
 
 def check(cfg, machine):
     """The network's shape, after refusing what does not fit."""
+    if not cfg.ch_mult or max(cfg.ch_mult) > 64:
+        fail(f"--ch_mult={','.join(map(str, cfg.ch_mult))} makes no sense: one small number for each level")
     vcfg = VQGANConfig(**{f.name: getattr(cfg, f.name) for f in fields(VQGANConfig) if hasattr(cfg, f.name)})
     if cfg.image_size % vcfg.factor:
         fail(f"--image_size={cfg.image_size} does not divide by {vcfg.factor}, the factor of --patch and --ch_mult")
     if cfg.ch % cfg.groups:
         fail(f"--ch={cfg.ch} does not divide by --groups={cfg.groups}")
+    if cfg.vq_start >= cfg.max_steps:
+        fail(f"--vq_start={cfg.vq_start} leaves none of --max_steps={cfg.max_steps} to learn the codebook in")
+    if cfg.disc_start < cfg.max_steps and cfg.image_size < 32:
+        fail(f"--image_size={cfg.image_size} is too small for the discriminator; 32 is enough, or raise --disc_start")
     if cfg.batch_size % machine.world:
         fail(f"--batch_size={cfg.batch_size} does not divide over {machine.world} processes")
     return vcfg
