@@ -13,7 +13,6 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import sys
 import tarfile
@@ -27,8 +26,9 @@ from pickle import UnpicklingError
 
 try:
     import fcntl
-except ImportError:  # Windows, which has no such locks
-    fcntl = None
+    import resource
+except ImportError:  # Windows, which has neither such locks nor such counts
+    fcntl = resource = None
 
 import numpy as np
 import torch
@@ -99,7 +99,8 @@ def parse(text, hint):
     if options and value not in options:
         raise ValueError("one of " + ", ".join(options))
     if hint in (int, float) and not low <= value <= high or hint is float and not math.isfinite(value):
-        raise ValueError(f"{'a whole number' if hint is int else 'a number'} from {low} to {high}")
+        kind = "a whole number" if hint is int else "a number"
+        raise ValueError(f"{kind} of {low} or more" if high > 2 ** 60 else f"{kind} from {low} to {high}")
     return value == "True" if options == ("True", "False") else value
 
 
@@ -346,7 +347,8 @@ def load_checkpoint(path, stage):
     try:
         with torch.serialization.safe_globals(lightning):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=torch_zip(path))
-        checkpoint = adopt(checkpoint) or checkpoint
+        adopted = adopt(checkpoint)
+        checkpoint = adopted or checkpoint
     except Exception as e:
         fail(f"{path} is no checkpoint that can be read without running code in it "
              f"({type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]})")
@@ -356,7 +358,7 @@ def load_checkpoint(path, stage):
     missing = [k for k in ("ema", "network") if k not in checkpoint and stage != "toy"]
     if missing:
         fail(f"{path} lacks its {' and '.join(missing)}; put an intact copy there, or train again")
-    if checkpoint.get("digest") not in (None, digest({k: v for k, v in checkpoint.items() if k != "digest"})):
+    if not adopted and checkpoint.get("digest") != digest({k: v for k, v in checkpoint.items() if k != "digest"}):
         fail(f"{path} is damaged: its contents are not what was written; put an intact copy there, or train again")
     return checkpoint
 
@@ -582,8 +584,9 @@ class Run:
         if self.machine.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
         else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.machine.say(f"dry run: {memory / 2 ** 30:.2f} GiB at most, {1 / seconds:.3g} steps/s, "
+            unit = 1 if sys.platform == "darwin" else 1024
+            memory = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self.machine.say(f"dry run: {(memory or 0) / 2 ** 30:.2f} GiB at most, {1 / seconds:.3g} steps/s, "
                          f"{self.cfg['batch_size'] / seconds:.3g} rows/s; all {steps} steps would take "
                          f"{seconds * steps / 3600:.2f} hours, evaluations apart; nothing was written")
         sys.exit(0)
@@ -594,7 +597,6 @@ class Run:
             contents = {"stage": self.stage, "config": self.cfg, "depends": self.depends, "step": step, **state}
             with whole(self.path) as f:
                 torch.save(contents | {"digest": digest(contents)}, f)
-
         if self.stopping:
             self.machine.say(f"saved {self.path} at step {step}; the same command goes on from there")
             sys.exit(130)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -686,6 +687,36 @@ def test_published_gpt():
         close(model(torch.randn((2, 32), generator=torch.Generator().manual_seed(8)), tokens), want["logits"])
 
 
+def test_a_published_pair_draws_from_the_command_line(tmp_path, monkeypatch):
+    """A VQGAN as Lightning saves it, classes of Lightning's own in it, and a GPT in HFAiLab's names: no training, the
+    settings of 2022 without a flag, and no guidance."""
+    shape = VQGANConfig(image_size=64, ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(16,),
+                        z_channels=32, codes=64, code_dim=16)
+    callback = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["pytorch_lightning.callbacks.model_checkpoint"].ModelCheckpoint = callback
+    lightning = {"state_dict": VQGAN(shape).state_dict(), "callbacks": {callback: {"best": torch.ones(1)}}}
+    torch.save(lightning, tmp_path / "v.ckpt")
+    assert common.load_vqgan(tmp_path / "v.ckpt", "cpu")[2] == shape
+    c, weights = 64, {"pos_emb": some(1, 256, 64), "tok_emb.weight": some(64, 64), "cond_proj.weight": some(64, 32),
+                      "cond_proj.bias": some(64), "norm.weight": some(64), "norm.bias": some(64),
+                      "head.weight": some(64, 64), "head.bias": some(64), "blocks.0.mask": torch.ones(256, 256)}
+    for name, *s in (("self_attn.in_proj_weight", 3 * c, c), ("self_attn.in_proj_bias", 3 * c), ("norm1.weight", c),
+                     ("self_attn.out_proj.weight", c, c), ("self_attn.out_proj.bias", c), ("norm1.bias", c),
+                     ("linear1.weight", 4 * c, c), ("linear1.bias", 4 * c), ("norm2.weight", c),
+                     ("linear2.weight", c, 4 * c), ("linear2.bias", c), ("norm2.bias", c)):
+        weights[f"blocks.0.encoder.{name}"] = some(*s) * 0.1
+    torch.save({"model": weights, "epoch": 3}, tmp_path / "g.pt")
+    torch.save(clip_network("vit").state_dict(), tmp_path / "clip.pt")
+    args = [HERE / "sample.py", "a city bus driving on the city street", "--gpt=g.pt", "--vqgan=v.ckpt",
+            "--clip=clip.pt"]
+    assert "best 8 of 64 by CLIP" in command(*args, cwd=tmp_path).stdout
+    assert len(list((tmp_path / "out/samples").glob("*.png"))) == 8
+    assert "--cfg=1" in command(*args, "--cfg=2", cwd=tmp_path, ok=2).stderr
+    assert "--vqgan=FILE" in command(*args[:3], args[4], cwd=tmp_path, ok=2).stderr
+
+
 @pytest.mark.parametrize("weights", [{"encoder.conv_in.weight": torch.ones(32, 3, 3, 3)}, {}, [1], {"a": 1}])
 def test_half_a_published_checkpoint_is_refused(tmp_path, weights, capsys):
     torch.save({"state_dict": weights}, tmp_path / "v.pt")
@@ -874,6 +905,25 @@ def test_two_processes_prepare_the_same_files_and_train_the_same_vqgan(world, tm
     for part in ("model", "disc"):
         difference = torch.cat([(one[part][k] - two[part][k]).flatten() for k in one[part]])
         assert difference.norm() <= 1e-4 * torch.cat([x.flatten() for x in one[part].values()]).norm(), part
+
+
+@slow
+def test_slow_a_dead_rank_ends_the_job_and_a_restart_goes_on(world, tmp_path):
+    args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train_gpt.py"), *GPT_ARGS,
+            "--dtype=float32"]
+    command(*args, "--max_steps=300", "--eval_every=50", f"--out={tmp_path}/whole", cwd=world[0])
+    args = [*args, "--max_steps=300", "--eval_every=50", f"--out={tmp_path}/killed"]
+    job = subprocess.Popen([sys.executable, *args], cwd=world[0], env=os.environ | {"PYTHONPATH": str(HERE)},
+                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "killed/gpt.ckpt").exists():
+        assert job.poll() is None
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), 9)
+    begun = time.time()
+    assert "SIGKILL" in job.communicate(timeout=60)[1] and job.returncode != 0 and time.time() - begun < 60
+    command(*args, cwd=world[0])
+    whole, killed = (torch.load(tmp_path / n / "gpt.pt", weights_only=True)["model"] for n in ("whole", "killed"))
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
 
 
 def test_a_tar_gives_the_folders_dump(world, tmp_path):
@@ -1162,7 +1212,8 @@ def bad_world(world):
     (d / "other").mkdir()
     checkpoint = torch.load(d / "out/toy/vqgan.pt", weights_only=True)
     checkpoint["ema"] = {k: v + 0.01 for k, v in checkpoint["ema"].items()}
-    torch.save(checkpoint | {"sha256": common.digest(checkpoint["ema"])}, d / "other/vqgan.pt")
+    checkpoint = {k: v for k, v in checkpoint.items() if k != "digest"} | {"sha256": common.digest(checkpoint["ema"])}
+    torch.save(checkpoint | {"digest": common.digest(checkpoint)}, d / "other/vqgan.pt")
     weights = torch.load(d / "out/toy/clip.pt", weights_only=True)
     torch.save(weights | {"logit_scale": weights["logit_scale"] + 1}, d / "other/clip.pt")
     return d
