@@ -321,7 +321,7 @@ def lock(folder, machine):
         return None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = open(Path(folder, ".lock"), "w")
+        file = open(Path(folder, ".lock"), "a")
     except OSError as e:
         fail(f"could not write in {folder}: {e.strerror}")
     try:

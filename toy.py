@@ -165,22 +165,22 @@ def draw_world(cfg):
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    drawings = Drawings(str(partial), cfg)
+    bar = Progress(drawings.total, unit="drawing")
     try:
         for split in ("train", "heldout"):
             (partial / split).mkdir(parents=True)
+        with open(partial / "captions.tsv", "w", newline="") as f:
+            rows = csv.DictWriter(f, ["path", "object", "colour", "background", "size", "caption", "split"],
+                                  delimiter="\t", lineterminator="\n")
+            rows.writeheader()
+            for some in torch.utils.data.DataLoader(drawings, None, num_workers=cfg.workers):
+                rows.writerows(some)
+                bar(len(some))
+        write_json(partial / "world.json", world)
+        partial.rename(folder)
     except OSError as e:
-        fail(f"could not write {partial}: {e.strerror}; choose another folder with --data")
-    drawings = Drawings(str(partial), cfg)
-    bar = Progress(drawings.total, unit="drawing")
-    with open(partial / "captions.tsv", "w", newline="") as f:
-        rows = csv.DictWriter(f, ["path", "object", "colour", "background", "size", "caption", "split"],
-                              delimiter="\t", lineterminator="\n")
-        rows.writeheader()
-        for some in torch.utils.data.DataLoader(drawings, None, num_workers=cfg.workers):
-            rows.writerows(some)
-            bar(len(some))
-    write_json(partial / "world.json", world)
-    partial.rename(folder)
+        fail(f"could not write {partial}: {e.strerror or e}; choose another folder with --data")
 
 
 def read_world(folder, split):
