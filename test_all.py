@@ -1229,7 +1229,8 @@ def bad_runs(bad_world):
     def run(job):
         script, *args = job[1].replace("=out/x", f"=out/x{job[0]}").replace("--out=x", f"--out=x{job[0]}").split()
         return subprocess.run([sys.executable, str(HERE / script), *args], cwd=bad_world, capture_output=True,
-                              env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}, text=True, timeout=240)
+                              text=True, timeout=240,
+                              env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
     before = snapshot(bad_world)
     with ThreadPoolExecutor(2) as pool:
         done = dict(zip((b[0] for b in BAD), pool.map(run, enumerate(b[0] for b in BAD))))

@@ -138,7 +138,7 @@ def main():
     source = Pictures(cfg.data)
     names = source.names
     train = [n for n in names if not held_out(n, cfg.val_percent)] or fail(f"all of {cfg.data} is held out, none left")
-    val = [n for n in names if held_out(n, cfg.val_percent)] or train
+    val = [n for n in names if held_out(n, cfg.val_percent)]
     clip = load_clip(cfg.clip, machine.device, cfg.trust_jit) if cfg.perceptual else None
     run = Run("vqgan", cfg, machine, {"CLIP": clip and clip.sha256, "list of pictures": source.sha256})
 
@@ -195,7 +195,11 @@ def main():
     blank = torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=machine.device)
     net = machine.compile(model, cfg.compile, (blank, cfg.beta, False))
     batches = Batches(source, train, cfg, machine.rank, machine.world)
-    fixed = validation_pictures(cfg, source, val + train)                                              # (V, S, S, 3)
+    fixed = validation_pictures(cfg, source, val)  # (V, S, S, 3)
+    if not len(fixed):  # a handful of pictures, none of them held out
+        fixed = validation_pictures(cfg, source, train[:1000])
+    if not len(fixed):
+        fail(f"none of the first {len(train[:1000])} pictures of {cfg.data} can be read")
     bar, bad = Progress(cfg.max_steps, run.step), set()
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(run.step, cfg.max_steps),
                                          num_workers=cfg.workers)
@@ -210,7 +214,7 @@ def main():
         if step == cfg.vq_start and cfg.vq_start > 0:
             with torch.no_grad(), machine.autocast():  # encoder outputs of the next batches, on every rank the same
                 some = Batches(source, train, cfg)
-                z = torch.cat([model(to_device(some[step + i][0]), quantized=False)[3] for i in range(16)])
+                z = torch.cat([model(to_device(*some[step + i]), quantized=False)[3] for i in range(16)])
             model.quantize.kmeans(z, generator)
         for opt in opts.values():
             for group in opt.param_groups:
@@ -290,14 +294,14 @@ def main():
 
 
 def validation_pictures(cfg, source, names, most=256):
-    """Centre crops of the first readable ones, uint8 (V, S, S, 3). Few held-out pictures are made up by others."""
+    """Centre crops of the first readable ones, uint8 (V, S, S, 3)."""
     pictures = []
     for name in names:
         with contextlib.suppress(OSError, ValueError):
             pictures.append(crop(source.open(name, cfg.image_size), cfg.image_size))
         if len(pictures) == most:
             break
-    return np.stack(pictures) if pictures else fail(f"none of the {len(names)} pictures of {cfg.data} can be read")
+    return np.array(pictures)
 
 
 def check(cfg, machine):
