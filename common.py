@@ -294,7 +294,7 @@ def learning_rate(step, peak, warmup, max_steps):
 def whole(path):
     """Write a file whole or not at all: yields a temporary path, which is flushed to disk and renamed at the end."""
     path = Path(path)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    temporary = path.with_name(f"{path.stem}.tmp{os.environ.get('RANK', '')}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -30,7 +30,7 @@ class Config:
     temperature: AutoAmount = None      # as in sample.py
     top_k: AutoWhole = None             # as in sample.py
     top_p: AutoShare = None             # as in sample.py
-    seed: Whole = 0
+    seed: Whole = 0                     # of the samples
     judge_steps: Count = 300            # training steps of the judge
     min_match: Share = 0.0              # exit with code 1 if fewer samples than this show the right object and colour
     batch_size: Count = 96              # pictures at a time
@@ -65,15 +65,17 @@ def judged(pictures):
 
 
 def get_judge(cfg, machine):
-    """The judge for this world, trained on its training drawings or read from out/judge.pt, and its share right on the
-    held-out drawings."""
+    """The judge for this world, trained on its training drawings, or read from out/judge.pt if that was so."""
     path, world = Path(cfg.out, "judge.pt"), Path(cfg.data, "world.json").read_text()
     judge = Judge().to(machine.device)
     if path.is_file():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["world"] == world and saved["steps"] == cfg.judge_steps:
-            judge.load_state_dict(saved["judge"])
-            return judge.eval()
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["world"] == world and saved["steps"] == cfg.judge_steps:
+                judge.load_state_dict(saved["judge"])
+                return judge.eval()
+        except Exception as e:
+            machine.say(f"{path} can't be read ({type(e).__name__})")
     machine.say(f"training the judge on the true drawings of {cfg.data}, {cfg.judge_steps} steps")
     pictures, rows = read_world(cfg.data, "train")
     torch.manual_seed(0)
@@ -122,8 +124,9 @@ def share(hits):
 def main():
     cfg = configure(Config)
     machine = Machine(cfg.device, cfg.dtype, training=False)
-    if not Path(cfg.data, "captions.tsv").is_file():
-        fail(f"{cfg.data} is no toy world (no captions.tsv); draw one with toy.py")
+    for name in ("captions.tsv", "world.json"):
+        if not Path(cfg.data, name).is_file():
+            fail(f"{cfg.data} is no toy world (no {name}); draw one with toy.py")
     gpt, vqgan, clip, options = sample.load(cfg, machine)
     judge = get_judge(cfg, machine)
 

@@ -21,7 +21,7 @@ class VQGANConfig:
     """Shape of a VQGAN. taming-transformers' published f=16 model is the default with `codes` 1024 or 16384."""
     image_size: int = 256                 # side of the (square) pictures it is built for
     patch: int = 1                        # fold patch x patch pixels into channels first: 1 is taming, 2 is 4x cheaper
-    ch: int = 128                         # width of the first level, a multiple of 32
+    ch: int = 128                         # width of the first level, a multiple of groups
     ch_mult: tuple = (1, 1, 2, 2, 4)      # width of each level in units of ch; a factor 2 lies between two levels
     num_res_blocks: int = 2               # residual blocks a level
     attn_resolutions: tuple = (16,)       # grid sides at which attention follows each residual block

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (HOW, Amount, Count, Device, Dtype, Machine, Pictures, Progress, Share, Whole, Zoom, configure, crop,
-                    digest, fail, file_sha256, held_out, load_clip, load_vqgan, lock, millions, show, to_tensor, whole,
-                    write_json)
+from common import (HOW, Amount, AutoCount, Count, Device, Dtype, Machine, Pictures, Progress, Share, Whole, Zoom,
+                    configure, crop, digest, fail, file_sha256, held_out, load_clip, load_vqgan, lock, millions, show,
+                    to_tensor, whole, write_json)
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Config:
     clip: str = "out/toy/clip.pt"       # ViT-B/32 and so on, or a file
     trust_jit: bool = False             # run the code in a --clip file that is a TorchScript archive of unknown origin
     seed: Whole = 0                     # of the crops
+    image_size: AutoCount = None        # pixels a side, a multiple of the VQGAN's factor (auto: what it was made for)
     crops: Count = 2                    # rows of each training picture; the first is the plain centre crop
     min_zoom: Zoom = 0.9                # the others show between this share of the picture's short side and all of it
     flip: bool = True                   # mirror half of the others
@@ -88,6 +89,8 @@ def main():
     source = Pictures(cfg.data)
     names = source.names
     vqgan, vqgan_sha, vcfg = load_vqgan(cfg.vqgan, machine.device)
+    if (cfg.image_size or 0) % vcfg.factor:
+        fail(f"--image_size={cfg.image_size} does not divide by {vcfg.factor}, the factor of {cfg.vqgan}")
     clip = load_clip(cfg.clip, machine.device, cfg.trust_jit)
     out, parts = Path(cfg.out), Path(cfg.out, "parts")
     machine.lock = lock(out, machine)  # held for as long as this process lives
@@ -105,7 +108,8 @@ def main():
               "val": [n for n in names if held_out(n, cfg.val_percent)]}
     if machine.rank == 0:
         write_json(parts / "made.json", made)
-    side = vcfg.image_size // vcfg.factor
+    size = cfg.image_size or vcfg.image_size
+    side = size // vcfg.factor
     dtype = np.uint16 if vcfg.codes <= 65536 else np.uint32
     machine.say(f"prepare: {len(splits['train'])} pictures x {cfg.crops} crops and {len(splits['val'])} held out, from "
                 f"{cfg.data}; {side} x {side} tokens by {cfg.vqgan} ({millions(vqgan)}), {clip.dim}-d embeddings by "
@@ -121,7 +125,7 @@ def main():
 
     bar, bad = Progress(sum(map(len, splits.values())), unit="picture"), 0
     for split, mine in splits.items():
-        chunks = Chunks(source, mine, cfg, vcfg.image_size, clip.size, cfg.crops if split == "train" else 1)
+        chunks = Chunks(source, mine, cfg, size, clip.size, cfg.crops if split == "train" else 1)
         todo = [c for c in range(machine.rank, len(chunks), machine.world)  # by number: ranks agree on who does what
                 if not (parts / f"{split}{c:06d}.npz").exists()]
         bar(len(mine) - sum(len(mine[c * cfg.chunk:(c + 1) * cfg.chunk]) for c in todo))
@@ -140,7 +144,7 @@ def main():
     if machine.world > 1:
         torch.distributed.barrier()
     if machine.rank == 0:
-        join(out, parts, splits, cfg, made, vcfg, clip, dtype, machine)
+        join(out, parts, splits, cfg, made, side, vcfg.codes, clip, dtype, machine)
 
 
 def stop_if_too_many(bad, cfg, names, skipped):
@@ -161,7 +165,7 @@ def refuse_other(path, made):
         fail(f"{path.parent} was made otherwise ({was}); repeat that, or choose another folder with --out")
 
 
-def join(out, parts, splits, cfg, made, vcfg, clip, dtype, machine):
+def join(out, parts, splits, cfg, made, side, codes, clip, dtype, machine):
     """All chunks, in order, into the four .bin files; meta.json last, as the sign that they are whole."""
     rows, skipped, total, names = {}, [], np.zeros(clip.dim), sum(splits.values(), [])
     for split, mine in splits.items():
@@ -186,8 +190,8 @@ def join(out, parts, splits, cfg, made, vcfg, clip, dtype, machine):
     files = {f"{s}_{kind}.bin": file_sha256(out / f"{s}_{kind}.bin") for s in splits for kind in ("tokens", "clip")}
     texts = clip.text(GENERIC)
     meta = {
-        **made, "train_rows": rows["train"], "val_rows": rows["val"], "tokens": (vcfg.image_size // vcfg.factor) ** 2,
-        "grid": vcfg.image_size // vcfg.factor, "codes": vcfg.codes, "tokens_dtype": np.dtype(dtype).name,
+        **made, "train_rows": rows["train"], "val_rows": rows["val"], "tokens": side ** 2,
+        "grid": side, "codes": codes, "tokens_dtype": np.dtype(dtype).name,
         "clip_dim": clip.dim, "clip_dtype": "float16", "files": files, "image_mean": (total / rows["train"]).tolist(),
         "text_mean": texts.double().mean(0).tolist(), "skipped_count": len(skipped), "skipped": skipped}
     meta = json.loads(json.dumps(meta))  # as it will be read back

@@ -33,7 +33,7 @@ class Config:
     temperature: AutoAmount = None      # 0 takes the likeliest token (auto: 1)
     top_k: AutoWhole = None             # choose among this many likeliest codes, 0 is all (auto: 0; classic 500)
     top_p: AutoShare = None             # choose among the likeliest codes that hold this mass (auto: 1; classic 0.95)
-    seed: Whole = 0
+    seed: Whole = 0                     # picture i of a prompt depends on (seed, prompt, i) alone
     batch_size: Count = 64              # pictures at a time
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # auto (float32 on a CPU), float32, bfloat16, float16
@@ -90,8 +90,7 @@ def load(cfg, machine):
     if not vqgan_path:
         fail(f"{path} does not say which VQGAN it goes with; name it with --vqgan=FILE")
     vqgan, sha, vcfg = load_vqgan(vqgan_path, machine.device)
-    shape = (vcfg.codes, vcfg.image_size // vcfg.factor)
-    if sha != meta.get("vqgan_sha256", sha) or shape != (gpt.cfg.codes, gpt.cfg.grid):
+    if sha != meta.get("vqgan_sha256", sha) or vcfg.codes != gpt.cfg.codes:
         fail(f"{path} was trained on tokens of another VQGAN than {vqgan_path}; name that one with --vqgan")
     clip = load_clip(clip_name, machine.device, cfg.trust_jit)
     if clip.sha256 != meta.get("clip_sha256", clip.sha256) or clip.dim != gpt.cfg.cond_dim:
@@ -118,6 +117,8 @@ def main():
             fail(f"{cfg.image} is no picture that can be read ({e})")
     gpt, vqgan, clip, options = load(cfg, machine)
     n, count = options["n"], max(options["n"], options["candidates"])
+    machine.say(f"{len(cfg.prompts) or 1} x {count} pictures of {gpt.cfg.grid ** 2} tokens, {n} of each to {cfg.out}; "
+                + ", ".join(f"{k} {options[k]:g}" for k in ("cfg", "temperature", "top_k", "top_p")))
 
     pictures, labels, begun, seconds = [], [], time.time(), 0.0
     for prompt in cfg.prompts or (cfg.image,):
@@ -136,7 +137,7 @@ def main():
         if count > n:
             scores = similarity(clip, made, embedding[0])
             best = sorted(range(count), key=lambda i: -scores[i])[:n]
-            machine.say(f"{prompt}: best {n} of {count} by CLIP: " + ", ".join(f"{i} ({scores[i]:.3f})" for i in best))
+            machine.say(f"{prompt[:60]}: best {n} of {count} by CLIP: " + ", ".join(f"{i} ({scores[i]:.3f})" for i in best))
             made = [made[i] for i in best]
         pictures += made
         labels.append(prompt)

@@ -617,6 +617,20 @@ def test_openais_own_archives_need_no_trust(tmp_path, monkeypatch, capsys):
     (tmp_path / "jit.pt").rename(tmp_path / ".cache/clip/RN50.pt")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert common.load_clip("RN50").size == 64
+    # downloaded, checked and kept, or refused and not kept
+    site, sha = tmp_path / "site", common.CLIP_FILES["RN50"]
+    (site / sha).mkdir(parents=True)
+    (tmp_path / ".cache/clip/RN50.pt").rename(site / sha / "RN50.pt")
+    monkeypatch.setattr(common, "CLIP_URL", site.as_uri())
+    assert common.load_clip("RN50").size == 64 and (tmp_path / ".cache/clip/RN50.pt").exists()
+    (tmp_path / ".cache/clip/RN50.pt").unlink()
+    (site / sha / "RN50.pt").write_bytes(b"cut on the way")
+    for reason in ("damaged", "could not download"):
+        with pytest.raises(SystemExit) as e:
+            common.load_clip("RN50")
+        assert e.value.code == 2 and reason in capsys.readouterr().err
+        assert not (tmp_path / ".cache/clip/RN50.pt").exists()
+        (site / sha / "RN50.pt").unlink(missing_ok=True)
     (tmp_path / ".cache/clip/RN50.pt").write_bytes(b"something else")
     with pytest.raises(SystemExit):
         common.load_clip("RN50")
@@ -805,16 +819,25 @@ def test_dump_rows_follow_the_sorted_sources(world):
     assert not np.array_equal(arrays["train"][1][0], arrays["train"][1][1])
 
 
-def test_dump_is_the_same_for_any_number_of_workers_and_after_a_restart(world, tmp_path):
+def test_dump_is_the_same_for_any_number_of_workers(world, tmp_path):
     d, _ = world
     args = [HERE / "prepare.py", "--val_percent=10", "--chunk=64", "--crops=3"]
     command(*args, f"--out={tmp_path}/a", "--workers=0", cwd=d)
-    parts = tmp_path / "b/parts"  # as left by a run killed in between: one chunk done, one half-written
     command(*args, f"--out={tmp_path}/b", "--workers=3", cwd=d)
     for name in ("train_tokens.bin", "train_clip.bin", "val_tokens.bin", "val_clip.bin"):
         first = (d / "data/toy_tokens" / name).read_bytes()
         assert first == (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert not parts.exists()
+    assert not (tmp_path / "b/parts").exists()
+
+
+def test_another_picture_size_gives_another_grid(world, tmp_path):
+    """A VQGAN is not tied to the size it was trained at: the token grid follows, through to the picture."""
+    d, _ = world
+    command(HERE / "prepare.py", "--image_size=48", "--val_percent=10", f"--out={tmp_path}/d", cwd=d)
+    assert json.loads((tmp_path / "d/meta.json").read_text())["grid"] == 6
+    command(HERE / "train_gpt.py", *GPT_ARGS, f"--data={tmp_path}/d", f"--out={tmp_path}/g", cwd=d)
+    command(HERE / "sample.py", "a red bus", "--n=1", f"--gpt={tmp_path}/g/gpt.pt", f"--out={tmp_path}/s.png", cwd=d)
+    assert Image.open(next((tmp_path / "s").glob("*.png"))).size == (48, 48)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, stage="train_gpt", args=GPT_ARGS):
@@ -834,7 +857,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, stage="train_
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in b[part])
     logs = [[json.loads(x) for x in (p / f"{name}.jsonl").read_text().splitlines()] for p in (tmp_path, d / "out/toy")]
-    assert [x | {"time": 0} for x in logs[0]] == [x | {"time": 0} for x in logs[1]]
+    assert [x | {"tokens_per_s": 0} for x in logs[0]] == [x | {"tokens_per_s": 0} for x in logs[1]]
 
 
 def test_the_same_command_says_finished_and_another_config_is_refused(world):
@@ -971,7 +994,7 @@ def outcome(stage, folder):
     found = {}
     for name in STAGES[stage][1]:
         data = (folder / name).read_bytes()
-        found[name] = [json.loads(x) | {"time": 0} for x in data.splitlines()] if name.endswith("l") else data
+        found[name] = [json.loads(x) | {"tokens_per_s": 0} for x in data.splitlines()] if name.endswith("l") else data
     if stage != "prepare":
         checkpoint = torch.load(folder / f"{stage}.pt", weights_only=True)
         found |= {k: v.numpy().tobytes() for k, v in checkpoint["model"].items()}
@@ -1039,7 +1062,7 @@ def test_a_folder_in_use_is_refused(world, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(world, tmp_path):
-    """Files may grow to 300 kB and no further, as on a disk that is full."""
+    """Files may grow to 100 kB and no further, as on a disk that is full."""
     d, _ = world
     command(HERE / "train_gpt.py", *GPT_ARGS, f"--out={tmp_path}", cwd=d)
     (tmp_path / "gpt.pt").rename(tmp_path / "gpt.ckpt")
@@ -1191,6 +1214,7 @@ BAD = [
     ("prepare.py --vqgan=out/toy/clip.pt --out=x", "vqgan checkpoint"),
     ("prepare.py --vqgan=rotten/a.png --out=x", "rotten/a.png"), ("train_gpt.py --data=nowhere", "nowhere"),
     ("train_gpt.py --vqgan=other/vqgan.pt --out=out/x", "another VQGAN"),
+    ("prepare.py --image_size=33 --out=x", "33"),
     ("train_gpt.py --n_embd=30 --n_head=4 --out=out/x", "--n_embd"),
     ("train_gpt.py --batch_size=7 --accumulate=2 --out=out/x", "batch_size"), ("sample.py", "a red bus"),
     ("sample.py word --gpt=nowhere.pt", "nowhere.pt"), ("sample.py word --gpt=out/toy/vqgan.pt", "vqgan"),

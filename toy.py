@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -151,7 +152,7 @@ class Drawings(torch.utils.data.Dataset):
                 for i in range(100 * c, min(self.total, 100 * c + 100))]
 
 
-def draw_world(cfg):
+def draw_world(cfg, run):
     """Draw all pictures and captions.tsv into cfg.data, whole or not at all."""
     world = {k: v for k, v in asdict(cfg).items() if k in ("seed", "train_pictures", "heldout_pictures", "image_size")}
     folder = Path(cfg.data)
@@ -177,6 +178,9 @@ def draw_world(cfg):
             for some in torch.utils.data.DataLoader(drawings, None, num_workers=cfg.workers):
                 rows.writerows(some)
                 bar(len(some))
+                if run.stopping:
+                    print(f"stopped; the same command draws {folder} from the start", flush=True)
+                    sys.exit(130)
         write_json(partial / "world.json", world)
         partial.rename(folder)
     except OSError as e:
@@ -215,7 +219,9 @@ def main():
     machine.say(f"toy: {cfg.train_pictures} + {cfg.heldout_pictures} drawings of {cfg.image_size} px in {cfg.data}, "
                 f"then a CLIP of them in {cfg.max_steps} steps of {cfg.batch_size}, on {machine}; "
                 f"writes {cfg.out}/clip.pt")
-    draw_world(cfg)
+    draw_world(cfg, run)
+    if machine.dtype == torch.float16:
+        machine.dtype = torch.float32  # small enough to do without, and so without a gradient scaler
 
     torch.manual_seed(cfg.seed)
     size = cfg.image_size // 32 * 32
@@ -253,7 +259,7 @@ def main():
             optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        run.log(step=step + 1, loss=loss.item())
+        run.log(step=step + 1, loss=loss.item(), lr=group["lr"])
         bar(loss=loss.item())
         if step + 1 == cfg.max_steps:
             heldout, rows = read_world(cfg.data, "heldout")
@@ -267,7 +273,8 @@ def main():
     with whole(f"{cfg.out}/clip.pt") as f:
         torch.save(model.state_dict(), f)
     run.finish()
-    machine.say(f"wrote {cfg.out}/clip.pt and {cfg.out}/world.png; next: python vqgan.py --out={cfg.out}")
+    machine.say(f"wrote {cfg.out}/clip.pt and {cfg.out}/world.png; "
+                f"next: python vqgan.py --data={cfg.data}/train --clip={cfg.out}/clip.pt --out={cfg.out}")
 
 
 if __name__ == "__main__":

@@ -26,18 +26,18 @@ class Config:
     data: str = "data/toy_tokens"       # a dump of prepare.py
     out: str = "out/gpt"                # the run: gpt.pt, gpt.jsonl, grid.png
     vqgan: str = ""                     # whose decoder draws grid.png; empty: the one that made the dump
-    seed: Whole = 0
+    seed: Whole = 0                     # of the weights, the order of rows, the noise and the drops
     # network
     n_layer: Count = 4                  # blocks
     n_head: Count = 6                   # attention heads
     n_embd: Count = 192                 # width
-    classic: bool = False               # the 2022 recipe: LayerNorm, GELU, biases, learned positions, raw embedding
+    classic: bool = False               # the 2022 network; never centres or drops the condition; add --noise=0
     # condition
     noise: Amount = 0.5                 # length s of the noise in c = norm(c + s e/|e|)
     center: bool = True                 # subtract the mean embedding, of pictures or of texts
     drop: Share = 0.1                   # of the rows lose their condition, for guidance
     # training
-    max_steps: Count = 1000
+    max_steps: Count = 1000             # training steps
     batch_size: Count = 128             # rows a step, over all processes and accumulated parts
     accumulate: Count = 1               # parts that a process's share of the batch is cut into
     learning_rate: Amount = 3e-3        # peak, AdamW, warm-up then cosine
@@ -140,8 +140,8 @@ def main():
                             zip(arrays["val"] if meta["val_rows"] else arrays["train"], (np.int64, np.float32)))
     know_nothing = math.log(meta["codes"])
     machine.say(f"gpt: {millions(model)}; {meta['train_rows']} rows of {meta['tokens']} tokens in {cfg.data}, "
-                f"{len(val_tokens)} to validate on; {cfg.max_steps} steps of {cfg.batch_size} on {machine}; "
-                f"writes {run.final}")
+                f"{len(val_tokens)} to validate on; VQGAN {cfg.vqgan or meta['vqgan']}; "
+                f"{cfg.max_steps} steps of {cfg.batch_size} on {machine}; writes {run.final}")
     machine.say(f"the loss of a model that knows nothing is ln {meta['codes']} = {know_nothing:.3f}")
 
     def put(x):
@@ -179,7 +179,7 @@ def main():
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), params, 1 - min(cfg.ema, (step + 1) / (step + 10)))
         speed = (step + 1 - run.step) * cfg.batch_size * meta["tokens"] / (time.time() - begun)
-        run.log(step=step + 1, loss=loss, grad_norm=norm.item(), time=time.time() - begun)
+        run.log(step=step + 1, loss=loss, grad_norm=norm.item(), lr=group["lr"], tokens_per_s=speed)
         bar(loss=loss, of=know_nothing, tokens_per_s=speed)
 
         due = ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps) and not cfg.dry_run

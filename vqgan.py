@@ -3,7 +3,7 @@
 An encoder shrinks the picture to a small grid of vectors, each vector is replaced by the nearest code of a learned
 codebook, a decoder paints the picture again. What is kept is what fits into the codes, so the losses decide what
 matters: pixels (L1 + L2), what CLIP's image encoder sees at several depths (perceptual), and late in training a
-discriminator that judges patches. Pictures alone are read, no captions."""
+discriminator that judges patches (--disc_start; off by default). Pictures alone are read, no captions."""
 import contextlib
 import math
 from dataclasses import asdict, dataclass, fields
@@ -29,7 +29,7 @@ class Config:
     out: str = "out/vqgan"              # the run: vqgan.pt, vqgan.jsonl, recon.png
     clip: str = "out/toy/clip.pt"       # whose image features the perceptual loss compares: ViT-B/32 ..., or a file
     trust_jit: bool = False             # run the code in a --clip file that is a TorchScript archive of unknown origin
-    seed: Whole = 0
+    seed: Whole = 0                     # of the weights and of every batch
     # pictures
     image_size: Count = 64              # pixels a side
     val_percent: Amount = 2.0           # of the pictures that are never trained on, chosen by name
@@ -52,11 +52,11 @@ class Config:
     beta: Amount = 0.25                 # weight of the commitment loss
     perceptual: Amount = 0.5            # weight of the distance between CLIP features
     vq_start: Whole = 150               # steps without quantisation, after which k-means lays the codebook
-    disc_start: Whole = 1000000         # step at which the discriminator starts to count
+    disc_start: Whole = 1000000         # step at which the discriminator starts to count; from max_steps on: never
     disc_weight: Amount = 0.8           # its weight, times the adaptive weight
     disc_cap: Amount = 10.0             # upper bound of the adaptive weight
     # training
-    max_steps: Count = 1400
+    max_steps: Count = 1400             # training steps
     batch_size: Count = 32              # pictures a step, over all processes
     learning_rate: Amount = 4e-3        # peak, Muon on convolutions and AdamW on the rest; warm-up, then cosine
     warmup: Whole = 30                  # steps of linear warm-up
@@ -166,7 +166,7 @@ def main():
     features = perceptual_features(clip.model.visual) if clip else None
     side = cfg.image_size // vcfg.factor
     machine.say(f"vqgan: {millions(model)}, {cfg.image_size} px -> {side} x {side} tokens of {cfg.codes} codes; "
-                f"{len(train)} pictures of {cfg.data} to train on, {len(val)} held out; "
+                f"{len(train)} pictures of {cfg.data} to train on, {len(val)} held out; CLIP {clip and cfg.clip}; "
                 f"{cfg.max_steps} steps of {cfg.batch_size} on {machine}; writes {run.final}")
 
     def clip_input(x):
@@ -210,8 +210,9 @@ def main():
         bad |= failed
         if len(bad) > cfg.max_bad * len(names):
             fail(f"{len(bad)} of {len(names)} pictures of {cfg.data} can't be read, more than --max_bad={cfg.max_bad}")
-        quantized, adversarial = step >= cfg.vq_start, step >= cfg.disc_start
-        if step == cfg.vq_start and cfg.vq_start > 0:
+        quantized = step >= cfg.vq_start or cfg.dry_run  # a dry run measures the run at its heaviest
+        adversarial = step >= cfg.disc_start or cfg.dry_run and cfg.disc_start < cfg.max_steps
+        if step == cfg.vq_start and cfg.vq_start > 0 and not cfg.dry_run:
             with torch.no_grad(), machine.autocast():  # encoder outputs of the next batches, on every rank the same
                 some = Batches(source, train, cfg)
                 z = torch.cat([model(to_device(*some[step + i]), quantized=False)[3] for i in range(16)])
@@ -265,7 +266,7 @@ def main():
             if good:
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         facts = {k: v.item() for k, v in parts.items()} | facts
-        run.log(step=step + 1, loss=loss.item(), **facts)
+        run.log(step=step + 1, loss=loss.item(), lr=group["lr"], **facts)
         bar(loss=loss.item(), **facts)
 
         due = ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps) and not cfg.dry_run
