@@ -137,7 +137,8 @@ def main():
         if count > n:
             scores = similarity(clip, made, embedding[0])
             best = sorted(range(count), key=lambda i: -scores[i])[:n]
-            machine.say(f"{prompt[:60]}: best {n} of {count} by CLIP: " + ", ".join(f"{i} ({scores[i]:.3f})" for i in best))
+            ranked = ", ".join(f"{i} ({scores[i]:.3f})" for i in best)
+            machine.say(f"{prompt[:60]}: best {n} of {count} by CLIP: {ranked}")
             made = [made[i] for i in best]
         pictures += made
         labels.append(prompt)
