@@ -751,6 +751,12 @@ def command(*args, cwd, ok=0, **env):
     return done
 
 
+def together(*jobs):
+    """Independent commands (args, folder, exit code), two at a time -> their results, checked as `command` does."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda job: command(*job[0], cwd=job[1], ok=job[2], OMP_NUM_THREADS="1"), jobs))
+
+
 TOY = ["--train_pictures=150", "--heldout_pictures=20", "--image_size=32", "--max_steps=6", "--batch_size=16",
        "--save_every=3"]
 VQ = ["--image_size=32", "--ch_mult=1,2", "--codes=64", "--max_steps=8", "--vq_start=2", "--disc_start=5",
@@ -862,16 +868,16 @@ def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, stage="train_
 
 def test_the_same_command_says_finished_and_another_config_is_refused(world):
     d, _ = world
-    for script, args in (("toy", TOY), ("vqgan", VQ), ("train_gpt", GPT_ARGS)):
-        path = d / f"out/toy/{'gpt' if script == 'train_gpt' else script}.pt"
-        before = path.stat().st_mtime_ns
-        out = [] if script == "toy" else ["--out=out/toy"]
-        assert "is finished" in command(HERE / f"{script}.py", *args, *out, cwd=d).stdout
-        done = command(HERE / f"{script}.py", *args, *out, "--batch_size=4", cwd=d, ok=2)
-        assert "batch_size=" in done.stderr and "--out" in done.stderr and done.stderr.count("\n") == 1
-        assert path.stat().st_mtime_ns == before
-    assert "is finished" in command(HERE / "prepare.py", "--val_percent=10", "--chunk=64", "--crops=3", cwd=d).stdout
-    assert "crops=3" in command(HERE / "prepare.py", "--val_percent=10", "--chunk=64", "--crops=1", cwd=d, ok=2).stderr
+    before = snapshot(d / "out")
+    runs = [["toy.py", *TOY], ["vqgan.py", *VQ, "--out=out/toy"], ["train_gpt.py", *GPT_ARGS, "--out=out/toy"],
+            ["prepare.py", "--val_percent=10", "--chunk=64", "--crops=3"]]
+    for script, *args in runs:  # the same twice at once would find the folder in use
+        other = "--crops=1" if script == "prepare.py" else "--batch_size=4"
+        same = command(HERE / script, *args, cwd=d)
+        done = command(HERE / script, *args, other, cwd=d, ok=2)
+        assert "is finished" in same.stdout
+        assert other[2:7] in done.stderr and "--out" in done.stderr and done.stderr.count("\n") == 1
+    assert snapshot(d / "out") == before
 
 
 def test_sampling_is_reproducible_and_ranks_by_clip(world):
@@ -962,9 +968,9 @@ def test_a_tar_gives_the_folders_dump(world, tmp_path):
 def test_dry_runs_say_what_a_run_would_take_and_write_nothing(world):
     d, _ = world
     before = snapshot(d)
-    for script, args in (("vqgan", VQ), ("train_gpt", GPT_ARGS)):
-        args = [*args, "--out=out/dry", "--max_steps=1000", "--dry_run=True"]
-        said = command(HERE / f"{script}.py", *args, cwd=d).stdout
+    jobs = [([HERE / f"{script}.py", *args, "--out=out/dry", "--max_steps=1000", "--dry_run=True"], d, 0)
+            for script, args in (("vqgan", VQ), ("train_gpt", GPT_ARGS))]
+    for said in (done.stdout for done in together(*jobs)):
         assert "GiB" in said and "steps/s" in said and "hours" in said and "M parameters" in said
     assert snapshot(d) == before
 
@@ -1056,8 +1062,9 @@ def test_a_polite_kill_saves_first(world, tmp_path):
 
 def test_a_folder_in_use_is_refused(world, tmp_path):
     held = common.lock(tmp_path, common.Machine("cpu", "float32"))
-    for script, args in (("train_gpt.py", GPT_ARGS), ("vqgan.py", VQ), ("prepare.py", [])):
-        assert "another run" in command(HERE / script, *args, f"--out={tmp_path}", cwd=world[0], ok=2).stderr
+    jobs = [([HERE / script, *args, f"--out={tmp_path}"], world[0], 2) for script, args in
+            (("train_gpt.py", GPT_ARGS), ("vqgan.py", VQ), ("prepare.py", []))]
+    assert all("another run" in done.stderr for done in together(*jobs))
     held.close()
 
 
@@ -1082,9 +1089,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(world, tmp_path):
 
 def test_steps_that_are_not_finite_are_skipped_and_many_stop_the_run(world, tmp_path):
     d, _ = world
-    for script, args in (("train_gpt.py", GPT_ARGS), ("vqgan.py", VQ)):
-        done = command(HERE / script, *args, "--learning_rate=1e38", "--max_steps=60", "--dtype=float32",
-                       f"--out={tmp_path}", cwd=d, ok=2)
+    jobs = [([HERE / script, *args, "--learning_rate=1e38", "--max_steps=60", "--dtype=float32",
+              f"--out={tmp_path}/{script}"], d, 2) for script, args in (("train_gpt.py", GPT_ARGS), ("vqgan.py", VQ))]
+    for done in together(*jobs):
         assert "20 steps in a row were not finite" in done.stderr and done.stderr.count("\n") == 1
         assert "step skipped" in done.stdout
 
@@ -1188,9 +1195,10 @@ def test_slow_fuzzed_files_are_read_or_refused(world, tmp_path):
 
 def test_odd_prompts_draw_or_are_refused(world, tmp_path):
     d, _ = world
-    for prompt in ("", "\N{BUS}\N{SNOWMAN}", "../../up", "a\nb"):
-        command(HERE / "sample.py", prompt, "--n=1", f"--out={tmp_path}/s.png", cwd=d)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "s.png"]  # nothing outside
+    together(*[([HERE / "sample.py", prompt, "--n=1", f"--out={tmp_path}/{i}.png"], d, 0) for i, prompt in
+               enumerate(("", "\N{BUS}\N{SNOWMAN}", "../../up", "a\nb"))])
+    made = sorted(p.name for p in tmp_path.iterdir())
+    assert made == sorted("0 1 2 3 0.png 1.png 2.png 3.png".split())  # nothing outside
     bad = [sys.executable.encode(), str(HERE / "sample.py").encode(), b"a \xff\xfe bus"]
     done = subprocess.run(bad, cwd=d, capture_output=True)
     assert done.returncode == 2 and b"UTF-8" in done.stderr and done.stderr.count(b"\n") == 1
