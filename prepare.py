@@ -64,10 +64,13 @@ class Chunks(torch.utils.data.Dataset):
     def __len__(self):
         return -(-len(self.names) // self.cfg.chunk)
 
+    def part(self, c):
+        """The names of chunk c."""
+        return self.names[c * self.cfg.chunk:(c + 1) * self.cfg.chunk]
+
     def __getitem__(self, c):
-        mine = self.names[c * self.cfg.chunk:(c + 1) * self.cfg.chunk]
         rows, clip_rows, skipped = [], [], []
-        for i, name in enumerate(mine, c * self.cfg.chunk):
+        for i, name in enumerate(self.part(c), c * self.cfg.chunk):
             try:
                 picture = self.source.open(name, self.size)
             except (OSError, ValueError) as e:
@@ -128,7 +131,7 @@ def main():
         chunks = Chunks(source, mine, cfg, size, clip.size, cfg.crops if split == "train" else 1)
         todo = [c for c in range(machine.rank, len(chunks), machine.world)  # by number: ranks agree on who does what
                 if not (parts / f"{split}{c:06d}.npz").exists()]
-        bar(len(mine) - sum(len(mine[c * cfg.chunk:(c + 1) * cfg.chunk]) for c in todo))
+        bar(len(mine) - sum(len(chunks.part(c)) for c in todo))
         loader = torch.utils.data.DataLoader(chunks, None, sampler=todo, num_workers=cfg.workers, prefetch_factor=1 if
                                              cfg.workers else None)
         for c, pixels, clip_pixels, skipped in loader:
@@ -138,7 +141,7 @@ def main():
             embedding = np.concatenate([d[1] for d in done]) if done else np.zeros((0, clip.dim), np.float16)
             with whole(parts / f"{split}{c:06d}.npz") as f:
                 np.savez(f, tokens=tokens, clip=embedding, skipped=json.dumps(skipped))
-            bar(len(mine[c * cfg.chunk:(c + 1) * cfg.chunk]))
+            bar(len(chunks.part(c)))
             bad += len(skipped)
             stop_if_too_many(bad, cfg, names, skipped)
     if machine.world > 1:
