@@ -816,6 +816,12 @@ class Pictures:
         return picture
 
 
+def split_names(names, percent):
+    """Names -> (those to train on, those held out for validation), in their order."""
+    out = [held_out(name, percent) for name in names]
+    return [n for n, o in zip(names, out) if not o], [n for n, o in zip(names, out) if o]
+
+
 def held_out(name, percent):
     """Whether a picture belongs to the validation split: decided by its name alone."""
     return int(hashlib.md5(name.encode(errors="surrogateescape")).hexdigest(), 16) % 1000 < percent * 10

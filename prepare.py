@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from common import (HOW, Amount, AutoCount, Count, Device, Dtype, Machine, Pictures, Progress, Share, Whole, Zoom,
-                    configure, crop, digest, fail, file_sha256, held_out, load_clip, load_vqgan, lock, millions, show,
-                    to_tensor, whole, write_json)
+                    configure, crop, digest, fail, file_sha256, load_clip, load_vqgan, lock, millions, show,
+                    split_names, to_tensor, whole, write_json)
 
 
 @dataclass
@@ -107,8 +107,7 @@ def main():
         machine.say(f"{finished} is finished; to prepare again, choose another --out")
         shutil.rmtree(parts, ignore_errors=True)
         return
-    splits = {"train": [n for n in names if not held_out(n, cfg.val_percent)],
-              "val": [n for n in names if held_out(n, cfg.val_percent)]}
+    splits = dict(zip(("train", "val"), split_names(names, cfg.val_percent)))
     if machine.rank == 0:
         write_json(parts / "made.json", made)
     size = cfg.image_size or vcfg.image_size

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Pictures, Progress, Run, Share, Whole,
-                    Zoom, configure, crop, digest, fail, held_out, learning_rate, load_clip, millions, save_grid,
+                    Zoom, configure, crop, digest, fail, learning_rate, load_clip, millions, save_grid, split_names,
                     to_image, to_tensor)
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
 
@@ -137,8 +137,9 @@ def main():
     vcfg = check(cfg, machine)
     source = Pictures(cfg.data)
     names = source.names
-    train = [n for n in names if not held_out(n, cfg.val_percent)] or fail(f"all of {cfg.data} is held out, none left")
-    val = [n for n in names if held_out(n, cfg.val_percent)]
+    train, val = split_names(names, cfg.val_percent)
+    if not train:
+        fail(f"all of {cfg.data} is held out, none left")
     clip = load_clip(cfg.clip, machine.device, cfg.trust_jit) if cfg.perceptual else None
     run = Run("vqgan", cfg, machine, {"CLIP": clip and clip.sha256, "list of pictures": source.sha256})
 
