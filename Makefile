@@ -6,7 +6,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PROMPTS := "a red bus" "a blue fish" "a yellow star" "a green tree" "a pink house" "a purple mushroom" \
-	"a brown cup" "a black car" "a red heart" "a blue boat" "a yellow moon" "a pink flower" "a small green house" \
+	"a brown cup" "a black car" "a red heart" "a purple bus" "a yellow fish" "a pink flower" "a small green house" \
 	"a large purple fish" "a black star on a sand background" "a small red boat on a white background"
 
 .PHONY: demo test test-slow match

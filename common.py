@@ -171,23 +171,23 @@ class Machine:
         except (RuntimeError, AssertionError, NotImplementedError) as e:
             fail(f"--device={device} can't be used here ({str(e).splitlines()[0]}); try --device=cpu")
         kind = self.device.type
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+        if kind == "cpu":
+            keep_memory()
         if dtype == "auto":  # half precision where the hardware has it; on a CPU only training is worth the loss
-            cpu = torch.cpu.get_capabilities() if kind == "cpu" and training else {}
-            fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
             if kind == "cuda":
-                fast = torch.cuda.get_device_capability(self.device)[0] >= 8
-            dtype = "bfloat16" if fast else "float16" if kind == "cuda" else "float32"
+                dtype = "bfloat16" if torch.cuda.get_device_capability(self.device)[0] >= 8 else "float16"
+            else:
+                fast = torch.tensor(float(kind == "cpu" and training and self.rank == 0 and bfloat16_pays()))
+                dtype = "bfloat16" if self.sum(fast) else "float32"
         if dtype == "float16" and kind != "cuda":
             fail(f"--dtype=float16 needs an NVIDIA GPU; on {kind} use --dtype=bfloat16 or float32")
         self.dtype = getattr(torch, dtype)
         self.fused = kind in ("cpu", "cuda")  # whether AdamW has a fused kernel here
-        if kind == "cpu":
-            keep_memory()
         if kind == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high" if training else "highest")
-        if self.world > 1:
-            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
 
     def __str__(self):
         ranks = f" x {self.world} processes" if self.world > 1 else ""
@@ -243,6 +243,19 @@ def millions(model):
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
 
 
+def bfloat16_pays(n=512):
+    """Whether this CPU multiplies bfloat16 matrices at least 1.3 times as fast as float32 ones: the best of a few tries
+    each, in turn. Some do, 2-3 times; others have the instructions and are slower with them."""
+    pairs = [[torch.ones(n, n, dtype=dtype) for _ in range(2)] for dtype in (torch.float32, torch.bfloat16)]
+    best = [math.inf, math.inf]
+    for _ in range(9):
+        for i, (a, b) in enumerate(pairs):
+            begun = time.perf_counter()
+            a @ b
+            best[i] = min(best[i], time.perf_counter() - begun)
+    return best[0] > 1.3 * best[1]
+
+
 def keep_memory():
     """Have glibc keep freed memory for the next step, which takes tensors of the same sizes again. Handing it back and
     faulting it in anew made CPU training 2-3x slower."""
@@ -254,30 +267,41 @@ def keep_memory():
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step for each matrix is brought to orthogonality (Jordan et al. 2024): all directions move alike.
-    Convolutions count as matrices (out, in*kh*kw). The step's size is AdamW's, so learning rates carry over. `dtype` is
-    that of the iteration, for which bfloat16 is good enough."""
+    Convolutions count as matrices (out, kh*kw*in). The step's size is AdamW's, so learning rates carry over."""
 
-    def __init__(self, params, lr=0.0, momentum=0.95, dtype=torch.bfloat16):
+    def __init__(self, params, lr=0.0, momentum=0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}  # matrices of one shape go through the iteration together
             for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)             # Nesterov, (rows, columns)
-                rows, columns = x.shape
-                x = (x.T if rows > columns else x).to(self.dtype)
-                x = x / (x.norm() + 1e-7)
-                for _ in range(5):  # Newton-Schulz: pushes all singular values towards 1
-                    a = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-                x = x.T if rows > columns else x
-                p.add_(x.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+                g = p.grad.movedim(1, -1).flatten(1)                                     # no copy if channels-last
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(g))
+                momentum.lerp_(g, 1 - group["momentum"])
+                alike.setdefault(g.shape, []).append((p, g.lerp(momentum, group["momentum"])))      # Nesterov
+            for (rows, columns), some in alike.items():
+                step = orthogonal(torch.stack([g for _, g in some]))                     # (n, rows, columns)
+                for (p, _), x in zip(some, step):
+                    shape = (p.shape[0], *p.shape[2:], p.shape[1])
+                    p.add_(x.view(shape).movedim(-1, 1), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+
+
+def orthogonal(x, steps=5):
+    """Matrices (n, rows, columns) -> about the nearest orthogonal ones, by Newton-Schulz: x <- p(x xT) x with a
+    polynomial p that pushes all singular values towards 1. The polynomials commute with x xT, so they are multiplied up
+    on that small square side, and the long one is passed over twice in all instead of twice a step."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT, steps).mT.contiguous()
+    x = x.float() / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, eye = x @ x.mT, torch.eye(x.shape[1], device=x.device)                            # (n, rows, rows)
+    product = eye
+    for i in range(steps):
+        p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a
+        product = p @ product if i else p
+        a = p @ a @ p
+    return product @ x
 
 
 def learning_rate(step, peak, warmup, max_steps):
@@ -531,6 +555,9 @@ class Run:
                 machine.say(f"{path} is finished (step {self.resume['step']}); to train again, choose another --out")
                 sys.exit(0)
             machine.say(f"going on from {path}, step {self.resume['step']}")
+            device, dtype = self.resume["computed"]
+            if self.cfg["dtype"] == "auto" and device == machine.device.type:  # as it was begun, to the last bit
+                machine.dtype = getattr(torch, dtype)
         self.step = self.resume["step"] if self.resume else 0
         self.log_file, self.stopping, self.pid = None, False, os.getpid()
         self.bad_row, self.bad_total = 0, 0
@@ -594,7 +621,9 @@ class Run:
     def save(self, step, **state):
         """Write the checkpoint of `step`: config, hashes of the inputs and `state`."""
         if self.machine.rank == 0 and not self.dry:
-            contents = {"stage": self.stage, "config": self.cfg, "depends": self.depends, "step": step, **state}
+            computed = [self.machine.device.type, str(self.machine.dtype).removeprefix("torch.")]
+            contents = {"stage": self.stage, "config": self.cfg, "depends": self.depends, "step": step,
+                        "computed": computed, **state}
             with whole(self.path) as f:
                 torch.save(contents | {"digest": digest(contents)}, f)
         if self.stopping:

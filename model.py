@@ -327,10 +327,28 @@ class GPTConfig:
     n_head: int = 16
     n_embd: int = 1024
     classic: bool = False     # the 2022 recipe: learned positions, LayerNorm, GELU, biases, raw embedding as the prefix
+    without: str = ""         # one of MODERN to do without, for ablations
+
+    def modern(self, part):
+        """Whether this network has that one of the MODERN parts."""
+        return not self.classic and self.without != part
+
+
+# What the default changes in the 2022 network: RMSNorm without weights, no biases, normalised queries and keys, ReLU^2 for
+# GELU, 2-D rotary positions, zero-initialised output projections.
+MODERN = ("rmsnorm", "no_bias", "qk_norm", "relu2", "rope", "zero_init")
 
 
 def rms_norm(x):
     return F.rms_norm(x, (x.shape[-1],))
+
+
+def norm(cfg):
+    return rms_norm if cfg.modern("rmsnorm") else nn.LayerNorm(cfg.n_embd)
+
+
+def relu2(x):
+    return F.relu(x).square()
 
 
 def rope_2d(grid, head_dim, base=100.0):
@@ -356,25 +374,27 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        c, self.n_head, self.classic = cfg.n_embd, cfg.n_head, cfg.classic
-        self.ln_1, self.ln_2 = (nn.LayerNorm(c) if self.classic else rms_norm for _ in range(2))
-        self.qkv = nn.Linear(c, 3 * c, bias=self.classic)
-        self.proj = nn.Linear(c, c, bias=self.classic)
-        self.fc = nn.Linear(c, 4 * c, bias=self.classic)
-        self.fc_out = nn.Linear(4 * c, c, bias=self.classic)
+        c, self.n_head, bias = cfg.n_embd, cfg.n_head, not cfg.modern("no_bias")
+        self.ln_1, self.ln_2 = (norm(cfg) for _ in range(2))
+        self.qkv = nn.Linear(c, 3 * c, bias=bias)
+        self.proj = nn.Linear(c, c, bias=bias)
+        self.fc = nn.Linear(c, 4 * c, bias=bias)
+        self.fc_out = nn.Linear(4 * c, c, bias=bias)
+        self.qk_norm = rms_norm if cfg.modern("qk_norm") else nn.Identity()
+        self.act = relu2 if cfg.modern("relu2") else F.gelu
 
     def forward(self, x, rope, cache=None, pos=0):
         b, t, c = x.shape
         q, k, v = self.qkv(self.ln_1(x)).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, t, hd) each
-        if not self.classic:
-            q, k = rotate(rms_norm(q), *rope), rotate(rms_norm(k), *rope)
+        q, k = self.qk_norm(q), self.qk_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:  # t is 1: write this position, look at all up to it
             cache[0][:, :, pos], cache[1][:, :, pos] = k[:, :, 0], v[:, :, 0]
             k, v = cache[0][:, :, :pos + 1], cache[1][:, :, :pos + 1]                           # (B, H, pos+1, hd)
         y = attend(q, k, v, is_causal=cache is None)                                            # (B, H, t, hd)
         x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
-        h = self.fc(self.ln_2(x))
-        return x + self.fc_out(F.gelu(h) if self.classic else F.relu(h).square())
+        return x + self.fc_out(self.act(self.fc(self.ln_2(x))))
 
 
 class GPT(nn.Module):
@@ -387,22 +407,23 @@ class GPT(nn.Module):
         self.cfg = cfg
         c = cfg.n_embd
         self.tok_emb = nn.Embedding(cfg.codes, c)
-        self.cond_proj = nn.Linear(cfg.cond_dim, c, bias=cfg.classic)
+        self.cond_proj = nn.Linear(cfg.cond_dim, c, bias=not cfg.modern("no_bias"))
         self.null = None if cfg.classic else nn.Parameter(torch.zeros(c))  # stands in for a dropped condition
-        self.pos_emb = nn.Parameter(torch.zeros(cfg.grid ** 2, c)) if cfg.classic else None
+        self.pos_emb = None if cfg.modern("rope") else nn.Parameter(torch.zeros(cfg.grid ** 2, c))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.ln_f = nn.LayerNorm(c) if cfg.classic else rms_norm
-        self.head = nn.Linear(c, cfg.codes, bias=cfg.classic)
+        self.ln_f = norm(cfg)
+        self.head = nn.Linear(c, cfg.codes, bias=not cfg.modern("no_bias"))
         self.register_buffer("means", torch.zeros(2, cfg.cond_dim))
-        if not cfg.classic:
+        if cfg.modern("rope"):
             cos, sin = rope_2d(cfg.grid, c // cfg.n_head)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 nn.init.normal_(p, std=0.02 if "emb" in name or cfg.classic else c ** -0.5)
-        for p in (self.head.weight, *(w for b in self.blocks for w in (b.proj.weight, b.fc_out.weight))):
-            nn.init.zeros_(p)  # every block starts as the identity and the first loss is exactly ln K
+        last = [self.head, *(layer for b in self.blocks for layer in (b.proj, b.fc_out))]
+        for layer in last if cfg.modern("zero_init") or cfg.classic else ():
+            nn.init.zeros_(layer.weight)  # every block starts as the identity and the first loss is exactly ln K
 
     def condition(self, embedding, modality="image", noise=None):
         """CLIP embeddings (B, D) of any length -> what the prefix is made of (B, D).
@@ -426,11 +447,13 @@ class GPT(nn.Module):
 
     def run(self, x, pos=0, caches=None):
         """Embedded inputs (B, t, C) at positions pos.. -> logits (B, t, K)."""
-        t = x.shape[1]
-        if self.cfg.classic:
-            x, rope = x + self.pos_emb[pos:pos + t], None
+        t, rope = x.shape[1], None
+        if self.pos_emb is not None:
+            x = x + self.pos_emb[pos:pos + t]
         else:
-            x, rope = rms_norm(x), (self.cos[pos:pos + t], self.sin[pos:pos + t])
+            rope = self.cos[pos:pos + t], self.sin[pos:pos + t]                                 # (t, hd/2) each
+        if self.cfg.modern("rmsnorm"):
+            x = rms_norm(x)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, None if caches is None else caches[i], pos)
         return self.head(self.ln_f(x))

@@ -2,8 +2,9 @@
 
 Draws pictures of coloured things (a red bus, a small blue fish ...), with a caption for each in a file apart, and
 trains a small CLIP on drawings and captions. That CLIP stands in for OpenAI's, and like OpenAI's it has read captions;
-the VQGAN and the GPT of the later stages see the pictures alone. With OpenAI's weights and your own photos this stage
-is not needed."""
+the VQGAN and the GPT of the later stages see the pictures alone, and not all of them: drawings of the pairs in UNSEEN
+(a purple bus ...) lie in a folder apart, for CLIP only. Whoever draws such a pair has composed it. With OpenAI's
+weights and your own photos this stage is not needed."""
 import csv
 import json
 import math
@@ -23,11 +24,11 @@ from common import (Amount, Clip, Count, Device, Dtype, Machine, Progress, Run, 
 
 @dataclass
 class Config:
-    data: str = "data/toy"              # the world: train/, heldout/ and captions.tsv
+    data: str = "data/toy"              # the world: train/, unseen/, heldout/ and captions.tsv
     out: str = "out/toy"                # clip.pt, and the run that made it
     seed: Whole = 0                     # of drawing and training
     # the world
-    train_pictures: Count = 20000       # drawings that the stages learn from
+    train_pictures: Count = 20000       # drawings to learn from: train/ for all stages, an eighth, unseen/, for CLIP
     heldout_pictures: Count = 2000      # drawings kept for judging
     image_size: Count = 64              # pixels a side
     # the toy CLIP
@@ -51,6 +52,9 @@ COLOURS = {"red": (214, 34, 38), "yellow": (240, 204, 24), "green": (32, 150, 58
            "purple": (126, 42, 168), "pink": (248, 120, 186), "brown": (122, 74, 34), "black": (26, 26, 30)}
 BACKGROUNDS = {"white": (250, 250, 248), "grey": (168, 170, 174), "sky": (166, 214, 246), "sand": (234, 212, 166)}
 SIZES = {"small": (0.29, 0.34), "medium": (0.34, 0.38), "large": (0.38, 0.43)}  # half the width, in picture sides
+UNSEEN = (("purple", "bus"), ("green", "car"), ("blue", "house"), ("pink", "tree"), ("black", "boat"), ("yellow", "fish"),
+          ("brown", "star"), ("green", "heart"), ("red", "moon"), ("blue", "flower"), ("pink", "cup"),
+          ("black", "mushroom"))  # colour and object that neither the VQGAN nor the GPT ever sees together
 CAPTIONS = ("a {colour} {object}", "a {size} {colour} {object}", "a {colour} {object} on a {background} background",
             "a {size} {colour} {object} on a {background} background", "a {object}", "something {colour}")
 
@@ -123,7 +127,8 @@ def draw(size, object, colour, background, radius, x, y, shade):
 
 
 def draw_one(folder, seed, i, size, split):
-    """Draw picture number i of the world into its file and return its row of captions.tsv."""
+    """Draw picture number i of the world into its file and return its row of captions.tsv. Pictures to train on that
+    show an unseen pair go to the split of that name."""
     rng = np.random.default_rng((seed, i))
     fact = {name: str(rng.choice(list(options))) for name, options in
             (("object", OBJECTS), ("colour", COLOURS), ("background", BACKGROUNDS), ("size", SIZES))}
@@ -132,6 +137,8 @@ def draw_one(folder, seed, i, size, split):
                    rng.uniform(0.9, 1.1))
     caption = str(rng.choice(CAPTIONS, p=(.3, .15, .2, .15, .1, .1)))
     caption = caption.replace("{size} ", "" if fact["size"] == "medium" else "{size} ").format(**fact)
+    if split == "train" and (fact["colour"], fact["object"]) in UNSEEN:
+        split = "unseen"
     path = f"{split}/{i:06d}.png"
     picture.save(f"{folder}/{path}", compress_level=1)
     return {"path": path, **fact, "caption": caption, "split": split}
@@ -155,6 +162,7 @@ class Drawings(torch.utils.data.Dataset):
 def draw_world(cfg, run):
     """Draw all pictures and captions.tsv into cfg.data, whole or not at all."""
     world = {k: v for k, v in asdict(cfg).items() if k in ("seed", "train_pictures", "heldout_pictures", "image_size")}
+    world["unseen"] = [" ".join(pair) for pair in UNSEEN]
     folder = Path(cfg.data)
     if folder.exists():
         try:
@@ -169,7 +177,7 @@ def draw_world(cfg, run):
     drawings = Drawings(str(partial), cfg)
     bar = Progress(drawings.total, unit="drawing")
     try:
-        for split in ("train", "heldout"):
+        for split in ("train", "unseen", "heldout"):
             (partial / split).mkdir(parents=True)
         with open(partial / "captions.tsv", "w", newline="") as f:
             rows = csv.DictWriter(f, ["path", "object", "colour", "background", "size", "caption", "split"],
@@ -187,10 +195,10 @@ def draw_world(cfg, run):
         fail(f"could not write {partial}: {e.strerror or e}; choose another folder with --data")
 
 
-def read_world(folder, split):
-    """Drawings of a split as uint8 (N, S, S, 3) and their rows of captions.tsv. For this stage and evaluation only."""
+def read_world(folder, *splits):
+    """Drawings of these splits as uint8 (N, S, S, 3) and their rows of captions.tsv. For this stage and evaluation."""
     with open(Path(folder) / "captions.tsv", newline="") as f:
-        rows = [row for row in csv.DictReader(f, delimiter="\t") if row["split"] == split]
+        rows = [row for row in csv.DictReader(f, delimiter="\t") if row["split"] in splits]
     return np.stack([np.asarray(open_picture(Path(folder) / row["path"])) for row in rows]), rows
 
 
@@ -231,7 +239,7 @@ def main():
     if run.resume:
         model.load_state_dict(run.resume["model"])
         optimizer.load_state_dict(run.resume["optimizer"])
-    pictures, rows = read_world(cfg.data, "train")
+    pictures, rows = read_world(cfg.data, "train", "unseen")
     clip = Clip(model, "toy", machine.device)
     captions, index = np.unique([r["caption"] for r in rows], return_inverse=True)
     texts = clip.tokenize(captions.tolist())[0]                                                   # (captions, context)

@@ -13,12 +13,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import (Amount, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, digest,
-                    fail, file_sha256, learning_rate, load_vqgan, millions, save_grid, to_image)
+                    fail, file_sha256, learning_rate, load_clip, load_vqgan, millions, save_grid, to_image)
 from model import GPT, GPTConfig
 
 Preset = Literal["", "paper", "24gb"]
+Without = Literal["", "rmsnorm", "no_bias", "qk_norm", "relu2", "rope", "zero_init"]
+
 
 @dataclass
 class Config:
@@ -32,10 +35,12 @@ class Config:
     n_head: Count = 6                   # attention heads
     n_embd: Count = 192                 # width
     classic: bool = False               # the 2022 network; never centres or drops the condition; add --noise=0
+    without: Without = ""               # part of the modern network to do without, for ablations; see model.MODERN
     # condition
     noise: Amount = 0.5                 # length s of the noise in c = norm(c + s e/|e|)
     center: bool = True                 # subtract the mean embedding, of pictures or of texts
     drop: Share = 0.1                   # of the rows lose their condition, for guidance
+    recon: Amount = 0.0                 # weight of the paper's embedding-reconstruction loss, on an eighth of the rows
     # training
     max_steps: Count = 1000             # training steps
     batch_size: Count = 128             # rows a step, over all processes and accumulated parts
@@ -122,7 +127,8 @@ def main():
     run = Run("gpt", cfg, machine, {"dump": file_sha256(Path(cfg.data, "meta.json"))})
 
     torch.manual_seed(cfg.seed)
-    gcfg = GPTConfig(meta["codes"], meta["grid"], meta["clip_dim"], cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.classic)
+    gcfg = GPTConfig(meta["codes"], meta["grid"], meta["clip_dim"], cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.classic,
+                     cfg.without)
     model, ema = GPT(gcfg).to(machine.device), GPT(gcfg).to(machine.device).requires_grad_(False).eval()
     if cfg.center and not cfg.classic:
         model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
@@ -148,6 +154,7 @@ def main():
         return x.to(machine.device, non_blocking=True)
 
     part = cfg.batch_size // machine.world // cfg.accumulate
+    clip = load_clip(meta["clip"], machine.device) if cfg.recon else None
     example = [put(x[:part]) for x in batch(0)]
     loss_of = machine.compile(model.loss, cfg.compile, (model.condition(example[1]), example[0],
                                                               None if cfg.classic else example[3]))
@@ -163,6 +170,10 @@ def main():
             cond = model.condition(embedding, noise=noise if cfg.noise else None)                  # (b, D)
             with machine.autocast():
                 loss = loss_of(cond, tokens, None if cfg.classic else drop) / cfg.accumulate
+                if cfg.recon:
+                    few = slice(-(-part // 8))
+                    again = embedding_loss(model, vqgan, clip, cond[few], tokens[few], embedding[few])
+                    loss = loss + cfg.recon * again / cfg.accumulate
             scaler.scale(loss).backward()
             total += loss.detach()
         machine.average_gradients(params)
@@ -195,6 +206,19 @@ def main():
                      **{k: meta[k] for k in ("vqgan_sha256", "clip", "clip_sha256")}, vqgan=cfg.vqgan or meta["vqgan"])
     run.finish()
     machine.say(f"wrote {run.final} and {cfg.out}/grid.png; next: python sample.py \"a red bus\" --gpt={run.final}")
+
+
+def embedding_loss(model, vqgan, clip, cond, tokens, embedding):
+    """The paper's second loss: paint the tokens that the GPT holds likeliest, and ask that CLIP see in the picture what
+    the condition says: 1 - cosine to the embedding (b, D). Straight-through: the likeliest codes go forward, the gradient
+    goes back through the probabilities."""
+    p = model(cond, tokens[:, :-1]).float().softmax(-1)                                            # (b, T, K)
+    hard = F.one_hot(p.argmax(-1), p.shape[-1]) + p - p.detach()                                   # (b, T, K)
+    codes = (hard @ vqgan.quantize.lookup(torch.arange(p.shape[-1], device=p.device)[None, None])[0, :, 0].T).mT
+    z = codes.unflatten(2, (model.cfg.grid, model.cfg.grid))                                       # (b, d, h, w)
+    pixels = (vqgan.decoder(vqgan.post_quant_conv(z)).float() + 1) / 2                             # (b, 3, S, S)
+    seen = clip.image(F.interpolate(pixels, (clip.size, clip.size), mode="bicubic", antialias=True))
+    return 1 - (seen * F.normalize(embedding, dim=-1)).sum(-1).mean()
 
 
 @torch.no_grad()

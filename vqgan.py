@@ -56,12 +56,12 @@ class Config:
     disc_weight: Amount = 0.8           # its weight, times the adaptive weight
     disc_cap: Amount = 10.0             # upper bound of the adaptive weight
     # training
-    max_steps: Count = 1400             # training steps
+    max_steps: Count = 900              # training steps
     batch_size: Count = 32              # pictures a step, over all processes
     learning_rate: Amount = 4e-3        # peak, Muon on convolutions and AdamW on the rest; warm-up, then cosine
     warmup: Whole = 30                  # steps of linear warm-up
     ema: Share = 0.99                   # decay of the moving average of the weights, which is what later stages use
-    eval_every: Count = 350             # steps between evaluations, each with a checkpoint and recon.png
+    eval_every: Count = 300             # steps between evaluations, each with a checkpoint and recon.png
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
     compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
@@ -151,8 +151,7 @@ def main():
 
     def adam(parameters):
         return torch.optim.AdamW(parameters, 0.0, (0.9, 0.99), weight_decay=0.0, fused=machine.fused)
-    dtype = torch.bfloat16 if machine.dtype != torch.float32 else torch.float32
-    opts = {"muon": Muon([p for p in model.parameters() if p.dim() == 4], dtype=dtype),  # the convolutions
+    opts = {"muon": Muon([p for p in model.parameters() if p.dim() == 4]),  # the convolutions
             "adam": adam([p for p in model.parameters() if p.dim() != 4]),  # biases, norms and the codebook
             "disc": adam(disc.parameters())}
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
