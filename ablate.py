@@ -1,9 +1,11 @@
-"""What does each part buy? Trains variants of the demo's GPT on the demo's dump, each over several seeds, judges what they
-draw as evaluate.py does, and writes one table, negatives included.
+"""What does each part buy? Trains variants of the demo's GPT on the demo's dump, each over several seeds, judges what
+they draw as evaluate.py does, and writes one table, negatives included.
 
     make demo && python ablate.py
-Every run gets the time in which the reference takes --max_steps steps: a variant's own rate is measured first, by dry runs
-in turn, and its number of steps follows from that. Finished runs are kept, so the same command goes on where it stopped."""
+Every run gets the time in which the reference takes --max_steps steps: a variant's own rate is measured first, by dry
+runs in turn, and its number of steps follows from that. Finished runs are kept, so the same command goes on where it
+stopped."""
+import json
 import os
 import re
 import statistics
@@ -67,8 +69,8 @@ def stage(cfg, name, words):
 
 
 def match(cfg, path, judge, vqgan, clip, gap):
-    """Share of right object and colour, all pairs and unseen ones, of n pictures of each prompt at guidance 2 (a classic
-    GPT: 1), the texts' embeddings moved by a constant vector of length `gap`."""
+    """Share of right object and colour, all pairs and unseen ones, of n pictures of each prompt at guidance 2 (a
+    classic GPT: 1), the texts' embeddings moved by a constant vector of length `gap`."""
     machine = Machine("cpu", "float32", training=False)
     gpt, checkpoint = load_gpt(path, machine.device)
     options = sample.settings(sample.Config(), gpt, checkpoint) | {"top_k": 0, "top_p": 1.0}
@@ -103,12 +105,16 @@ def main():
         return [f"--data={dump}", f"--vqgan={cfg.models}/vqgan.pt", *words]
 
     words = {name: options(name) for name in chosen}
-    rates = {name: [] for name in chosen}
-    for _ in range(3):  # in turn, so that a slow moment of the machine hits all alike
-        for name in chosen:
+    known = Path(cfg.out, "speed.json")
+    speed = json.loads(known.read_text()) if known.exists() else {}
+    new = [name for name in chosen if name not in speed]
+    rates = {name: [] for name in ["reference", *new]}
+    for _ in range(3 if new else 0):  # in turn, so that a slow moment of the machine hits all alike
+        for name in rates:
             said = stage(cfg, "train_gpt.py", [*words[name], f"--out={cfg.out}/dry", "--dry_run=True"])
             rates[name].append(float(re.search(r"([\d.e+]+) steps/s", said)[1]))
-    speed = {name: statistics.median(rates[name]) / statistics.median(rates["reference"]) for name in chosen}
+    speed |= {name: statistics.median(rates[name]) / statistics.median(rates["reference"]) for name in new}
+    write_json(known, speed)
     judging = Lock()
 
     def one(job):
@@ -142,7 +148,7 @@ def main():
         lines.append(f"| {name} | {mine[-1]['steps']} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
     Path(cfg.out, "ablations.md").write_text("\n".join(lines) + "\n")
-    write_json(Path(cfg.out, "ablations.json"), {"runs": runs, "speed": speed, "n": cfg.n * len(COLOURS) * len(OBJECTS)})
+    write_json(Path(cfg.out, "ablations.json"), {"runs": runs, "speed": speed, "pictures": cfg.n * 96})
     noise = [(0.5 if n == "reference" else float(n.split()[1]), n) for n in chosen if n == "reference" or "noise" in n]
     points = {key: [(x, sum(r[key] for r in runs if r["name"] == n) / cfg.seeds,
                      min(r[key] for r in runs if r["name"] == n), max(r[key] for r in runs if r["name"] == n))

@@ -176,9 +176,11 @@ def shifted(embeddings, length):
 
 def frechet(a, b):
     """Frechet distance of two sets of features (N, F), (M, F) seen as Gaussians (Heusel et al. 2017)."""
-    (ma, ca), (mb, cb) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
-    cross = np.sqrt(np.linalg.eigvals(ca @ cb).astype(complex)).real.sum()
-    return float(((ma - mb) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * cross)
+    (ma, a), (mb, b) = ((x.mean(0), (x - x.mean(0)) / math.sqrt(len(x) - 1)) for x in (a, b))  # covariances a'a, b'b
+    values, vectors = np.linalg.eigh(b.T @ b)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T                        # (F, F), of b's covariance
+    cross = np.linalg.svd(a @ root, compute_uv=False).sum()                            # trace of sqrt(cov_a cov_b)
+    return float(((ma - mb) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * cross)
 
 
 def quality(features, pictures, groups, reference, train, n, seed=0):
@@ -244,16 +246,19 @@ def optimise(vqgan, clip, texts, marks, seed):
 
 
 def caption_dump(cfg, source, clip, out):
-    """The dump `source` with the embeddings of the pictures' captions in place of the pictures'."""
+    """The dump `source` with the embeddings of the pictures' captions in place of the pictures' (of an empty text for
+    pictures that are not the world's)."""
     meta, arrays = open_dump(source)
-    if meta["skipped_count"] or Path(meta["config"]["data"]) != Path(cfg.data, "train"):
-        fail(f"{source} is no dump of all of {cfg.data}/train, so its rows can't be given their captions")
+    if Path(meta["config"]["data"]) != Path(cfg.data, "train"):
+        fail(f"{source} is no dump of {cfg.data}/train, so its rows can't be given their captions")
     captions = {Path(r["path"]).name: r["caption"] for r in read_world(cfg.data, "train")[1]}
-    texts = {c: e.numpy().astype(np.float16) for c, e in
-             zip(sorted(set(captions.values())), clip.text(sorted(set(captions.values()))).cpu())}
-    for split, names in zip(("train", "val"), split_names(sorted(captions), meta["config"]["val_percent"])):
+    different = sorted({"", *captions.values()})
+    texts = dict(zip(different, clip.text(different).cpu().numpy().astype(np.float16)))
+    skipped = {name for name, _ in meta["skipped"]}
+    for split, names in zip(("train", "val"), split_names(Pictures(f"{cfg.data}/train").names,
+                                                          meta["config"]["val_percent"])):
         crops = meta["config"]["crops"] if split == "train" else 1
-        rows = np.stack([texts[captions[name]] for name in names]).repeat(crops, 0)    # (rows, D)
+        rows = np.stack([texts[captions.get(n, "")] for n in names if n not in skipped]).repeat(crops, 0)  # (rows, D)
         for kind, array in (("tokens", arrays[split][0]), ("clip", rows)):
             with whole(Path(out, f"{split}_{kind}.bin")) as f:
                 f.write_bytes(np.ascontiguousarray(array).tobytes())
