@@ -31,9 +31,9 @@ class Config:
     models: str = "out/toy"             # the demo's clip.pt, vqgan.pt and judge.pt
     dump: str = "data/toy_tokens"       # the demo's dump
     out: str = "out/ablations"          # a folder for each run, ablations.md, ablations.json, noise.png
-    only: str = ""                      # of the rows, those whose name contains this, beside the reference
+    only: str = ""                      # of the rows, those with one of these in their name: noise,centred
     seeds: Count = 3                    # runs of each row
-    max_steps: Count = 300              # of the reference; every other row gets the same time
+    max_steps: Count = 250              # of the reference; every other row gets the same time
     n: Count = 4                        # pictures of each prompt
     jobs: Count = 2                     # runs at a time, on one thread each
 
@@ -91,7 +91,8 @@ def main():
     machine = Machine("cpu", "float32", training=False)
     vqgan, clip = load_vqgan(f"{cfg.models}/vqgan.pt", "cpu")[0], load_clip(f"{cfg.models}/clip.pt")
     judge = evaluate.get_judge(evaluate.Config(data=cfg.data, out=cfg.models), machine)
-    chosen = {k: v for k, v in VARIANTS.items() if cfg.only in k or k == "reference"}
+    parts = cfg.only.split(",")
+    chosen = {k: v for k, v in VARIANTS.items() if k == "reference" or any(part in k for part in parts)}
     slug = {name: re.sub(r"\W+", "-", name).strip("-") for name in chosen}
 
     def options(name):
