@@ -435,7 +435,7 @@ def main():
     write_json(Path(cfg.out, "match.json"), {"config": asdict(cfg), "options": options, "judge": referee.name,
                                              "seed": cfg.seed, "table": table})
     save_grid(Path(cfg.out, "match.png"), [Image.fromarray(p) for p in made], 2 * cfg.n, prompts, cfg.n)
-    shown = range(0, len(prompts), max(1, len(prompts) // 12))
+    shown = np.sort(chosen[:12]) if cfg.optimise else np.arange(0, len(prompts), max(1, len(prompts) // 12))
     save_grid(Path(cfg.out, "compare.png"), [Image.fromarray(p[i]) for p in sheet.values() for i in shown], len(shown),
               list(sheet), len(shown))
     machine.say(f"wrote {cfg.out}/match.json, match.md, match.png (all prompts) and compare.png (a row for each kind)")
