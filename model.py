@@ -63,13 +63,13 @@ class ResnetBlock(nn.Module):
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
-def attend(q, k, v, is_causal=False):
+def attend(q, k, v, is_causal=False, mask=None):
     """Attention on (B, H, t, hd). On a CPU in float32 whatever the autocast: torch's bfloat16 backward kernel is 3-10x
     slower at the lengths met here."""
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=is_causal)
 
 
 class AttnBlock(nn.Module):
@@ -366,6 +366,26 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
+class PackedLinear(nn.Module):
+    """A Linear that samples and never learns: weights cast to `dtype` once, and for one that a CPU computes in bfloat16
+    laid out once as oneDNN reads them fastest. Autocast would cast all of them anew for every token."""
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        weight, bias = linear.weight.detach().to(dtype), linear.bias
+        self.weight, self.bias = weight, None if bias is None else bias.detach().to(dtype)
+        self.packed = dtype == torch.bfloat16 and weight.device.type == "cpu" and \
+            hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+    def forward(self, x):
+        x = x.to(self.weight.dtype)
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the stream.
 
@@ -385,14 +405,22 @@ class Block(nn.Module):
 
     def forward(self, x, rope, cache=None, pos=0):
         b, t, c = x.shape
-        q, k, v = self.qkv(self.ln_1(x)).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, t, hd) each
-        q, k = self.qk_norm(q), self.qk_norm(k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:  # t is 1: write this position, look at all up to it
-            cache[0][:, :, pos], cache[1][:, :, pos] = k[:, :, 0], v[:, :, 0]
-            k, v = cache[0][:, :, :pos + 1], cache[1][:, :, :pos + 1]                           # (B, H, pos+1, hd)
-        y = attend(q, k, v, is_causal=cache is None)                                            # (B, H, t, hd)
+        qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (3, B, H, t, hd)
+        qk, v = self.qk_norm(qkv[:2]), qkv[2]
+        q, k = qk if rope is None else rotate(qk, *rope)                                        # (B, H, t, hd) each
+        if cache is None:
+            y = attend(q, k, v, is_causal=True)                                                 # (B, H, t, hd)
+        elif isinstance(pos, int):  # t is 1: write this position, look at all up to it
+            keys, values = (part.narrow(2, 0, pos + 1) for part in cache)                       # (B, H, pos+1, hd)
+            keys.narrow(2, pos, 1).copy_(k)
+            values.narrow(2, pos, 1).copy_(v)
+            y = attend(q, keys, values)                                                         # (B, H, 1, hd)
+        else:  # the same in shapes that stay, for torch.compile: look at all, those to come masked
+            keys, values = cache                                                                # (B, H, T, hd)
+            keys.index_copy_(2, pos, k.to(keys.dtype))
+            values.index_copy_(2, pos, v)
+            seen = torch.arange(keys.shape[2], device=pos.device) <= pos                        # (T,)
+            y = attend(q, keys, values, mask=seen.expand(b, 1, 1, -1))                          # (B, H, 1, hd)
         x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
         return x + self.fc_out(self.act(self.fc(self.ln_2(x))))
 
@@ -421,6 +449,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 nn.init.normal_(p, std=0.02 if "emb" in name or cfg.classic else c ** -0.5)
+        self.static = False  # decode in shapes that stay the same, see `run`
         last = [self.head, *(layer for b in self.blocks for layer in (b.proj, b.fc_out))]
         for layer in last if cfg.modern("zero_init") or cfg.classic else ():
             nn.init.zeros_(layer.weight)  # every block starts as the identity and the first loss is exactly ln K
@@ -446,12 +475,13 @@ class GPT(nn.Module):
         return x[:, None]
 
     def run(self, x, pos=0, caches=None):
-        """Embedded inputs (B, t, C) at positions pos.. -> logits (B, t, K)."""
-        t, rope = x.shape[1], None
+        """Embedded inputs (B, t, C) at positions pos.. -> logits (B, t, K). With caches t is 1, and pos may be a tensor
+        (1,) instead of a number, which gives every position the same shapes."""
+        rows, rope = slice(pos, pos + x.shape[1]) if isinstance(pos, int) else pos, None
         if self.pos_emb is not None:
-            x = x + self.pos_emb[pos:pos + t]
+            x = x + self.pos_emb[rows]
         else:
-            rope = self.cos[pos:pos + t], self.sin[pos:pos + t]                                 # (t, hd/2) each
+            rope = self.cos[rows], self.sin[rows]                                               # (t, hd/2) each
         if self.cfg.modern("rmsnorm"):
             x = rms_norm(x)
         for i, block in enumerate(self.blocks):
@@ -476,18 +506,28 @@ class GPT(nn.Module):
         """
         assert guidance == 1.0 or not self.cfg.classic, "a classic GPT has no null embedding, so no guidance"
         b, t_max, c, h = len(cond), self.cfg.grid ** 2, self.cfg.n_embd, self.cfg.n_head
-        x = self.prefix(cond)                                                                   # (B, 1, C)
+        x = self.prefix(cond).float()                                                           # (B, 1, C)
         if guidance != 1.0:
-            x = torch.cat([x, self.null.to(x.dtype).expand_as(x)])                              # (2B, 1, C)
-        caches = [x.new_empty(2, len(x), h, t_max, c // h) for _ in self.blocks]                # keys and values
+            x = torch.cat([x, self.null.expand_as(x)])                                          # (2B, 1, C)
+        caches = [x.new_zeros(2, len(x), h, t_max, c // h, dtype=block.qkv.weight.dtype) for block in self.blocks]
         tokens = torch.empty(b, t_max, dtype=torch.long, device=x.device)
-        for i in range(t_max):
-            logits = self.run(x, i, caches)[:, 0].float()                                       # (B or 2B, K)
+        positions = torch.arange(t_max, device=x.device).split(1) if self.static else range(t_max)
+        for i, pos in enumerate(positions):
+            logits = self.run(x, pos, caches)[:, 0].float()                                     # (B or 2B, K)
             if guidance != 1.0:
                 logits = logits[b:] + guidance * (logits[:b] - logits[b:])                      # (B, K)
             tokens[:, i] = next_token(i, logits)
             x = self.tok_emb(tokens[:, i].repeat(len(x) // b))[:, None]                         # (B or 2B, 1, C)
         return tokens
+
+    def pack(self, dtype):
+        """Make this a network that only samples, in `dtype`: every Linear is packed, and so is the cache; the stream
+        between the blocks, norms and logits stay float32."""
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, PackedLinear(child, dtype))
+        return self
 
     def generate(self, cond, uniform, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0):
         """Sample pictures: conditions (B, D) and uniform numbers (B, T) in [0, 1) -> tokens (B, T).

@@ -10,6 +10,7 @@ networks are frozen, so this is done once, and the trainer reads fixed-size rows
 Work goes in chunks of pictures, each a small file of its own until the end: a restart goes on with the missing ones,
 and any number of processes can share them."""
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,14 +118,6 @@ def main():
                 f"{cfg.data}; {side} x {side} tokens by {cfg.vqgan} ({millions(vqgan)}), {clip.dim}-d embeddings by "
                 f"{clip.name} ({millions(clip.model)}); on {machine}; writes {out}")
 
-    @torch.no_grad()
-    def run(pixels, clip_pixels):
-        """uint8 crops (B, S, S, 3), (B, C, C, 3) -> tokens (B, T), unit embeddings (B, D)."""
-        with machine.autocast():
-            tokens = vqgan.encode(to_tensor(pixels).to(machine.device, memory_format=torch.channels_last) * 2 - 1)
-            embedding = clip.image(to_tensor(clip_pixels).to(machine.device))
-        return tokens.flatten(1).cpu().numpy().astype(dtype), embedding.cpu().numpy().astype(np.float16)
-
     bar, bad = Progress(sum(map(len, splits.values())), unit="picture"), 0
     for split, mine in splits.items():
         chunks = Chunks(source, mine, cfg, size, clip.size, cfg.crops if split == "train" else 1)
@@ -132,11 +125,12 @@ def main():
                 if not (parts / f"{split}{c:06d}.npz").exists()]
         bar(len(mine) - sum(len(chunks.part(c)) for c in todo))
         loader = torch.utils.data.DataLoader(chunks, None, sampler=todo, num_workers=cfg.workers, prefetch_factor=1 if
-                                             cfg.workers else None)
+                                             cfg.workers else None, worker_init_fn=give_way)
         for c, pixels, clip_pixels, skipped in loader:
             cuts = range(0, len(pixels), cfg.batch_size)
-            done = [run(pixels[i:i + cfg.batch_size], clip_pixels[i:i + cfg.batch_size]) for i in cuts]
-            tokens = np.concatenate([d[0] for d in done]) if done else np.zeros((0, side * side), dtype)
+            done = [rows_of(pixels[i:i + cfg.batch_size], clip_pixels[i:i + cfg.batch_size], vqgan, clip, machine)
+                    for i in cuts]
+            tokens = np.concatenate([d[0] for d in done]).astype(dtype) if done else np.zeros((0, side * side), dtype)
             embedding = np.concatenate([d[1] for d in done]) if done else np.zeros((0, clip.dim), np.float16)
             with whole(parts / f"{split}{c:06d}.npz") as f:
                 np.savez(f, tokens=tokens, clip=embedding, skipped=json.dumps(skipped))
@@ -147,6 +141,22 @@ def main():
         torch.distributed.barrier()
     if machine.rank == 0:
         join(out, parts, splits, cfg, made, side, vcfg.codes, clip, dtype, machine)
+
+
+def give_way(worker):
+    """Decoding steps back while the networks compute: two threads of theirs wait for each other at every layer, and one
+    that lost its core to a decoder keeps both waiting."""
+    if hasattr(os, "nice"):
+        os.nice(10)
+
+
+@torch.no_grad()
+def rows_of(pixels, clip_pixels, vqgan, clip, machine):
+    """uint8 crops (B, S, S, 3), (B, C, C, 3) -> tokens (B, T), unit embeddings (B, D)."""
+    with machine.autocast():
+        tokens = vqgan.encode(to_tensor(pixels).to(machine.device, memory_format=torch.channels_last) * 2 - 1)
+        embedding = clip.image(to_tensor(clip_pixels).to(machine.device))
+    return tokens.flatten(1).cpu().numpy(), embedding.cpu().numpy().astype(np.float16)
 
 
 def stop_if_too_many(bad, cfg, names, skipped):

@@ -54,10 +54,10 @@ def draw(gpt, vqgan, cond, uniform, options, machine, batch_size):
     pictures, seconds = [], 0.0
     for c, u in zip(cond.split(batch_size), uniform.split(batch_size)):
         begun = time.time()
+        tokens = gpt.generate(c.to(machine.device), u.to(machine.device), options["cfg"], options["temperature"],
+                              options["top_k"], options["top_p"]).view(-1, gpt.cfg.grid, gpt.cfg.grid).cpu()
+        seconds += time.time() - begun
         with torch.no_grad(), machine.autocast():
-            tokens = gpt.generate(c.to(machine.device), u.to(machine.device), options["cfg"], options["temperature"],
-                                  options["top_k"], options["top_p"]).view(-1, gpt.cfg.grid, gpt.cfg.grid).cpu()
-            seconds += time.time() - begun
             # one at a time, so that the last bit of a pixel does not depend on its neighbours
             pictures += [vqgan.decode(t[None].to(machine.device))[0].float().cpu() for t in tokens]
     return pictures, seconds
@@ -86,6 +86,8 @@ def load(cfg, machine):
         found = sorted(Path("out").glob("**/gpt.pt"), key=lambda p: p.stat().st_mtime)
         path = found[-1] if found else fail("there is no finished GPT under out/; run make demo, or train_gpt.py")
     gpt, meta = load_gpt(path, machine.device)
+    if machine.dtype != torch.float32:
+        gpt.pack(machine.dtype)
     vqgan_path, clip_name = cfg.vqgan or meta.get("vqgan"), cfg.clip or meta["clip"]
     if not vqgan_path:
         fail(f"{path} does not say which VQGAN it goes with; name it with --vqgan=FILE")

@@ -6,6 +6,7 @@ a text when sampling. So that it forgives the difference, the embedding is centr
 rows it is withheld, which is what classifier-free guidance needs."""
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,10 +98,15 @@ def open_dump(folder):
 
 def make_batches(tokens, clip, cfg):
     """A function from step to that step's global batch, a pure function of (seed, step): tokens (B, T), embeddings
-    (B, D), noise (B, D), drop (B,). Every epoch goes through all rows in a new order."""
-    orders = {}
+    (B, D), noise (B, D), drop (B,). Every epoch goes through all rows in a new order. The disk is asked for the next
+    step's rows one step ahead, so that a dump larger than memory does not keep the step waiting."""
+    orders, indices = {}, {}
+    files = [(a, open(a.filename, "rb")) for a in (tokens, clip)
+             if isinstance(a, np.memmap) and hasattr(os, "posix_fadvise")]
 
-    def batch(step):
+    def index_of(step):
+        if step in indices:
+            return indices.pop(step)
         rows = np.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size)
         index = np.empty(cfg.batch_size, np.int64)
         for epoch in np.unique(rows // len(tokens)):
@@ -109,6 +115,15 @@ def make_batches(tokens, clip, cfg):
                 orders[epoch] = np.random.default_rng((cfg.seed, 0, epoch)).permutation(len(tokens))
             here = rows // len(tokens) == epoch
             index[here] = orders[epoch][rows[here] % len(tokens)]
+        return index
+
+    def batch(step):
+        index = index_of(step)
+        indices.clear()
+        indices[step + 1] = index_of(step + 1)
+        for array, file in files:
+            for i in indices[step + 1].tolist():
+                os.posix_fadvise(file.fileno(), i * array.strides[0], array.strides[0], os.POSIX_FADV_WILLNEED)
         rng = np.random.default_rng((cfg.seed, 1, step))
         noise = rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32)
         noise *= cfg.noise / np.linalg.norm(noise, axis=1, keepdims=True)

@@ -224,15 +224,22 @@ def main():
         with machine.autocast():
             recon, loss, parts, tokens, z = losses(net, x, quantized)
             if adversarial:
-                gan = -disc(recon).mean()
-                # the adaptive weight: both losses pull equally at the decoder's last layer (Esser et al. eq. 7), capped
-                last = model.decoder.conv_out.weight
-                pull, push = (machine.sum(torch.autograd.grad(part, last, retain_graph=True)[0]).norm()
-                              for part in (loss, gan))
-                loss = loss + cfg.disc_weight * (pull / (push + 1e-6)).clamp(max=cfg.disc_cap).detach() * gan
-                parts["gan"] = gan
+                judged = disc(recon)  # once, for both sides
+                parts["gan"] = gan = -judged.mean()
         model.zero_grad()
-        scaler.scale(loss).backward()
+        if adversarial:
+            # what each loss asks of the reconstruction, so that CLIP and the discriminator are gone back through once
+            pull, push = (torch.autograd.grad(scaler.scale(part), recon, retain_graph=True)[0] for part in (loss, gan))
+            # the adaptive weight: both losses pull equally at the decoder's last layer (Esser et al. eq. 7), capped
+            last, scale = model.decoder.conv_out.weight, scaler.get_scale()
+            a, b = (machine.sum(torch.autograd.grad(recon, last, g, retain_graph=True)[0]).norm() / scale
+                    for g in (pull, push))
+            weight = cfg.disc_weight * (a / (b + 1e-6)).clamp(max=cfg.disc_cap)
+            vq = [(parts["vq"], scaler.scale(torch.ones_like(parts["vq"])))] if quantized else []
+            torch.autograd.backward(*zip((recon, pull + weight * push), *vq))
+            loss = (loss + weight * gan).detach()
+        else:
+            scaler.scale(loss).backward()
         machine.average_gradients(model.parameters())
         scaler.unscale_(opts["muon"])
         scaler.unscale_(opts["adam"])
@@ -244,9 +251,9 @@ def main():
             scaler.step(opts["adam"])
         if adversarial:
             with machine.autocast():
-                parts["disc"] = disc_loss = hinge_loss(disc(x), disc(recon.detach()))
+                parts["disc"] = disc_loss = hinge_loss(disc(x), judged)
             disc.zero_grad()
-            scaler.scale(disc_loss).backward()
+            scaler.scale(disc_loss).backward(inputs=list(disc.parameters()))
             machine.average_gradients(disc.parameters())
             if good:
                 scaler.step(opts["disc"])
