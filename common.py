@@ -555,7 +555,7 @@ class Run:
                 machine.say(f"{path} is finished (step {self.resume['step']}); to train again, choose another --out")
                 sys.exit(0)
             machine.say(f"going on from {path}, step {self.resume['step']}")
-            device, dtype = self.resume["computed"]
+            device, dtype = self.resume.get("computed", ("", ""))
             if self.cfg["dtype"] == "auto" and device == machine.device.type:  # as it was begun, to the last bit
                 machine.dtype = getattr(torch, dtype)
         self.step = self.resume["step"] if self.resume else 0

@@ -1,7 +1,14 @@
-"""Stage 5: do the pictures match the words? On the toy world that can be known: a small classifier, trained on true
-drawings and their attributes and on nothing else, says what a picture shows. It judges true held-out drawings and their
-reconstructions too, which is as well as any generator behind this VQGAN could do."""
+"""Stage 5: do the pictures match the words, how good are they, and what would captions have bought?
+
+On the toy world that can be known: a small classifier, trained on true drawings and their attributes and on nothing
+else, says what a picture shows. It judges true held-out drawings and their reconstructions too, which is as well as any
+generator behind this VQGAN could do. On other data a CLIP judges, better another one than the GPT was trained with
+(--judge). With --controls the same GPT is trained twice more, on the captions' embeddings and on nothing; with
+--optimise the paper's opponent draws too: a search for latents whose picture CLIP likes."""
 import math
+import subprocess
+import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,28 +16,37 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import sample
-from common import (AutoAmount, AutoShare, AutoWhole, Count, Device, Dtype, Machine, Progress, Share, Whole, configure,
-                    crop, fail, learning_rate, save_grid, to_image, to_tensor, whole, write_json)
-from toy import BACKGROUNDS, COLOURS, OBJECTS, read_world
+from common import (AutoAmount, AutoShare, AutoWhole, Amount, Count, Device, Dtype, Machine, Pictures, Progress, Share,
+                    Whole, configure, crop, digest, fail, file_sha256, learning_rate, load_clip, load_gpt, save_grid,
+                    split_names, to_image, to_tensor, whole, write_json)
+from prepare import GENERIC
+from toy import BACKGROUNDS, COLOURS, OBJECTS, SIZES, UNSEEN, read_world
+from train_gpt import open_dump
 
 
 @dataclass
 class Config:
-    data: str = "data/toy"              # the toy world: drawings and captions.tsv
-    out: str = "out/toy"                # match.json, judge.pt, match.png
+    data: str = "data/toy"              # the toy world, or any folder or .tar of pictures
+    texts: str = ""                     # for other data than the toy world: a file of prompts, one a line
+    out: str = "out/toy"                # match.json, match.md, match.png, guidance.png, judge.pt
     gpt: str = ""                       # as in sample.py
     vqgan: str = ""                     # as in sample.py
     clip: str = ""                      # as in sample.py
+    judge: str = ""                     # another CLIP for similarity and retrieval (empty: the GPT's own, it flatters)
     trust_jit: bool = False             # as in sample.py
-    n: Count = 4                        # pictures a prompt
+    n: Count = 8                        # pictures a prompt; best-of-n chooses among them
     cfg: AutoAmount = None              # as in sample.py
     temperature: AutoAmount = None      # as in sample.py
     top_k: AutoWhole = None             # as in sample.py
     top_p: AutoShare = None             # as in sample.py
     seed: Whole = 0                     # of the samples
+    gap: Amount = 0.8                   # length of the constant vector added to all texts' embeddings for the row "gap"
+    guidances: bool = False             # also draw at guidance 1 to 6 and plot the match, guidance.png
+    controls: bool = False              # also train and judge the same GPT on caption embeddings and on nothing
+    optimise: Whole = 0                 # prompts that optimisation against CLIP draws, in 10 and 100 times our time
     judge_steps: Count = 300            # training steps of the judge
     min_match: Share = 0.0              # exit with code 1 if fewer samples than this show the right object and colour
     batch_size: Count = 96              # pictures at a time
@@ -55,7 +71,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(256, len(options)) for name, options in ATTRIBUTES.items()})
 
     def forward(self, x):
-        h = self.body(x)
+        h = self.body(x)                                                               # (B, 256)
         return {name: head(h) for name, head in self.heads.items()}
 
 
@@ -77,7 +93,7 @@ def get_judge(cfg, machine):
         except Exception as e:
             machine.say(f"{path} can't be read ({type(e).__name__})")
     machine.say(f"training the judge on the true drawings of {cfg.data}, {cfg.judge_steps} steps")
-    pictures, rows = read_world(cfg.data, "train")
+    pictures, rows = read_world(cfg.data, "train", "unseen")
     torch.manual_seed(0)
     judge = Judge().to(machine.device)
     opt = torch.optim.AdamW(judge.parameters(), lr=0.0, weight_decay=0.05)
@@ -100,7 +116,8 @@ def get_judge(cfg, machine):
 @torch.no_grad()
 def match(judge, pictures, wanted, machine):
     """Shares of pictures, uint8 (N, S, S, 3), in which the judge sees what is wanted, a dict of attributes for each:
-    each attribute over the pictures that ask for it, and "both", object and colour."""
+    each attribute over the pictures that ask for it, "both", object and colour, and "unseen", that for the pairs that
+    neither VQGAN nor GPT ever saw."""
     right = {name: [] for name in ATTRIBUTES}
     for first in range(0, len(pictures), 256):
         logits = judge(judged(pictures[first:first + 256]).to(machine.device))
@@ -108,6 +125,7 @@ def match(judge, pictures, wanted, machine):
             right[name] += [options[i] == w[name] if name in w else None for i, w in
                             zip(logits[name].argmax(1).tolist(), wanted[first:first + 256])]
     right["both"] = [o and c for o, c in zip(right["object"], right["colour"])]
+    right["unseen"] = [b for b, w in zip(right["both"], wanted) if (w["colour"], w["object"]) in UNSEEN]
     return {name: share([r for r in hits if r is not None]) for name, hits in right.items()}
 
 
@@ -121,52 +139,328 @@ def share(hits):
     return {"share": p, "low": mid - half, "high": mid + half, "n": n}
 
 
-def main():
-    cfg = configure(Config)
-    machine = Machine(cfg.device, cfg.dtype, training=False)
-    for name in ("captions.tsv", "world.json"):
-        if not Path(cfg.data, name).is_file():
-            fail(f"{cfg.data} is no toy world (no {name}); draw one with toy.py")
-    gpt, vqgan, clip, options = sample.load(cfg, machine)
-    judge = get_judge(cfg, machine)
-
-    drawings, rows = read_world(cfg.data, "heldout")
-    table = {"true held-out drawings": match(judge, drawings, rows, machine)}
-    with torch.no_grad():
-        fitting = np.stack([crop(Image.fromarray(p), vqgan.cfg.image_size) for p in drawings])
-        recon = [vqgan.decode(vqgan.encode(to_tensor(part).to(machine.device) * 2 - 1))
-                 for part in np.array_split(fitting, 1 + len(drawings) // 64)]
-    table["their reconstructions"] = match(judge, as_pixels(torch.cat(recon)), rows, machine)
-
-    wanted = [{"colour": c, "object": o} for c in COLOURS for o in OBJECTS]
-    made, per = [], []
-    bar = Progress(len(wanted), unit="prompt")
-    for w in wanted:
-        prompt = f"a {w['colour']} {w['object']}"
-        cond = gpt.condition(clip.text([prompt]), "text").expand(cfg.n, -1)
-        uniform = sample.uniforms(cfg.seed, prompt, cfg.n, gpt.cfg.grid ** 2)
-        made += sample.draw(gpt, vqgan, cond, uniform, options, machine, cfg.batch_size)[0]
-        per += [w] * cfg.n
-        bar()
-    found = match(judge, as_pixels(torch.stack(made)), per, machine)
-    table['samples of "a {colour} {object}", N=1'] = found
-
-    names = ["object", "colour", "both", "background"]
-    lines = ["| pictures | " + " | ".join(names) + " | n |", "| --- |" + " --- |" * (len(names) + 1)]
-    for what, row in table.items():
-        cells = [f"{row[k]['share']:.1%} ({row[k]['low']:.1%}–{row[k]['high']:.1%})" if row[k] else "" for k in names]
-        lines.append(f"| {what} | " + " | ".join(cells) + f" | {row['object']['n']} |")
-    print("\n".join(lines), flush=True)
-    write_json(Path(cfg.out, "match.json"), {"config": asdict(cfg), "options": options, "table": table})
-    save_grid(Path(cfg.out, "match.png"), [to_image(x) for x in made[::cfg.n]], len(OBJECTS))
-    machine.say(f"right object and colour: {found['both']['share']:.1%}; wrote {cfg.out}/match.json and match.png")
-    if found["both"]["share"] < cfg.min_match:
-        raise SystemExit(1)
+def draw(nets, embeddings, keys, n, options, machine, cfg, modality="text"):
+    """n pictures of each embedding (P, D), uint8 (P*n, S, S, 3); their random numbers depend on (seed, key, i)."""
+    gpt, vqgan = nets
+    cond = gpt.condition(embeddings, modality).repeat_interleave(n, 0)                 # (P*n, D)
+    uniform = torch.cat([sample.uniforms(cfg.seed, key, n, gpt.cfg.grid ** 2) for key in keys])
+    return as_pixels(torch.stack(sample.draw(gpt, vqgan, cond, uniform, options, machine, cfg.batch_size)[0]))
 
 
 def as_pixels(x):
     """(N, 3, S, S) in [-1, 1] -> uint8 (N, S, S, 3), rounded as a saved picture is."""
     return np.stack([np.asarray(to_image(p)) for p in x])
+
+
+@torch.no_grad()
+def reconstructions(vqgan, pictures, machine):
+    fitting = np.stack([crop(Image.fromarray(p), vqgan.cfg.image_size) for p in pictures])
+    return as_pixels(torch.cat([vqgan.decode(vqgan.encode(to_tensor(part).to(machine.device) * 2 - 1)).cpu()
+                                for part in np.array_split(fitting, 1 + len(pictures) // 64)]))
+
+
+@torch.no_grad()
+def clip_embeddings(clip, pictures):
+    """uint8 (N, S, S, 3) -> unit embeddings (N, D)."""
+    fitting = np.stack([crop(Image.fromarray(p), clip.size) for p in pictures])
+    return torch.cat([clip.image(to_tensor(part).to(clip.device))
+                      for part in np.array_split(fitting, 1 + len(fitting) // 64)])
+
+
+@torch.no_grad()
+def shifted(embeddings, length):
+    """Unit embeddings (N, D) moved by a constant vector of this length: OpenAI's modality gap, put on another CLIP."""
+    way = F.normalize(torch.randn(embeddings.shape[1], generator=torch.Generator().manual_seed(0)), dim=0)
+    return F.normalize(embeddings + length * way.to(embeddings.device), dim=-1)
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of features (N, F), (M, F) seen as Gaussians (Heusel et al. 2017)."""
+    (ma, a), (mb, b) = ((x.mean(0), (x - x.mean(0)) / math.sqrt(len(x) - 1)) for x in (a, b))  # covariances a'a, b'b
+    values, vectors = np.linalg.eigh(b.T @ b)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T                        # (F, F), of b's covariance
+    cross = np.linalg.svd(a @ root, compute_uv=False).sum()                            # trace of sqrt(cov_a cov_b)
+    return float(((ma - mb) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * cross)
+
+
+def quality(features, pictures, groups, reference, train, n, seed=0):
+    """Figures that need no labels, of pictures uint8 (N, S, S, 3): the Frechet distance of n of them to the reference's
+    features, with its spread over 10 resamplings; the mean distance between features within a group (pictures of one
+    prompt); the distance to the nearest training picture, RMS over pixels at 16 x 16."""
+    rng, f = np.random.default_rng(seed), features(pictures)
+    index = rng.permutation(len(f))[:n]
+    again = [frechet(f[rng.choice(index, len(index))], reference) for _ in range(10)]
+    apart = [np.linalg.norm(f[mine][:, None] - f[mine][None], axis=-1).sum() / (len(mine) * (len(mine) - 1))
+             for mine in (np.flatnonzero(np.asarray(groups) == g)[:20] for g in sorted(set(groups))) if len(mine) > 1]
+    small = tiny(pictures[index])
+    square = (small ** 2).sum(1)[:, None] - 2 * small @ train.T + (train ** 2).sum(1)  # (n, train)
+    near = np.sqrt(np.maximum(square.min(1), 0) / train.shape[1])
+    return {"frechet": frechet(f[index], reference), "frechet_spread": float(1.96 * np.std(again)), "n": len(index),
+            "diversity": float(np.mean(apart)) if apart else None, "nearest": float(near.mean())}
+
+
+def tiny(pictures):
+    """uint8 (N, S, S, 3) -> (N, 768), the pixels in [0, 1] at 16 x 16."""
+    return torch.cat([F.interpolate(to_tensor(p), size=(16, 16), mode="bilinear", antialias=True).flatten(1)
+                      for p in np.array_split(pictures, 1 + len(pictures) // 256)]).numpy()
+
+
+def retrieval(clip, pictures, texts, own):
+    """CLIP's mean cosine of pictures to their own prompt, number own[i] of texts (P, D), and the share of pictures that
+    are nearer to it than to any other."""
+    cosines = clip_embeddings(clip, pictures) @ texts.T                                # (N, P)
+    own = torch.as_tensor(own, device=cosines.device)
+    mine = cosines.gather(1, own[:, None])[:, 0]
+    return {"similarity": {"mean": mine.mean().item(), "half": 1.96 * mine.std().item() / len(mine) ** 0.5,
+                           "n": len(mine)}, "retrieval": share((cosines.argmax(1) == own).tolist())}
+
+
+def optimise(vqgan, clip, texts, marks, seed):
+    """The opponent: latents whose picture CLIP finds like the text, by gradient (VQGAN-CLIP, Crowson et al. 2022): Adam
+    through codebook (straight-through), decoder and CLIP, on 16 random crops of each picture, flips and noise.
+
+    texts (P, D) are worked on together; marks are seconds a picture. Returns uint8 (P, S, S, 3) for each mark."""
+    vcfg, rng = vqgan.cfg, torch.Generator().manual_seed(seed)
+    side, count, crops, out = vcfg.image_size // vcfg.factor, len(texts), 16, []
+    start = torch.randint(vcfg.codes, (count, side, side), generator=rng).to(texts.device)
+    z = vqgan.quantize.lookup(start).clone().requires_grad_()                          # (P, d, h, w)
+    optimizer, begun = torch.optim.Adam([z], 0.1), time.time()
+    while True:
+        x = vqgan.decoder(vqgan.post_quant_conv(vqgan.quantize(z)[0]))                 # (P, 3, S, S)
+        while len(out) < len(marks) and time.time() - begun >= marks[len(out)] * count:
+            out.append(as_pixels(x.detach()))
+        if len(out) == len(marks):
+            return out
+        scale = 0.7 + 0.3 * torch.rand(count * crops, generator=rng)
+        shift = (torch.rand(count * crops, 2, generator=rng) * 2 - 1) * (1 - scale[:, None])
+        theta = torch.zeros(count * crops, 2, 3)
+        theta[:, 0, 0] = scale * (torch.rand(count * crops, generator=rng) < 0.5).float().mul(2).sub(1)
+        theta[:, 1, 1], theta[:, :, 2] = scale, shift
+        where = F.affine_grid(theta, (count * crops, 3, clip.size, clip.size), align_corners=False).to(x.device)
+        seen = F.grid_sample((x.repeat_interleave(crops, 0) + 1) / 2, where, padding_mode="border", align_corners=False)
+        seen = seen + 0.02 * torch.randn(seen.shape, generator=rng).to(x.device)
+        loss = (1 - clip.image(seen) @ texts.T.repeat_interleave(crops, 1)).diagonal().sum() / crops
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def caption_dump(cfg, source, clip, out):
+    """The dump `source` with the embeddings of the pictures' captions in place of the pictures' (of an empty text for
+    pictures that are not the world's)."""
+    meta, arrays = open_dump(source)
+    if Path(meta["config"]["data"]) != Path(cfg.data, "train"):
+        fail(f"{source} is no dump of {cfg.data}/train, so its rows can't be given their captions")
+    captions = {Path(r["path"]).name: r["caption"] for r in read_world(cfg.data, "train")[1]}
+    different = sorted({"", *captions.values()})
+    texts = dict(zip(different, clip.text(different).cpu().numpy().astype(np.float16)))
+    skipped = {name for name, _ in meta["skipped"]}
+    for split, names in zip(("train", "val"), split_names(Pictures(f"{cfg.data}/train").names,
+                                                          meta["config"]["val_percent"])):
+        crops = meta["config"]["crops"] if split == "train" else 1
+        rows = np.stack([texts[captions.get(n, "")] for n in names if n not in skipped]).repeat(crops, 0)  # (rows, D)
+        for kind, array in (("tokens", arrays[split][0]), ("clip", rows)):
+            with whole(Path(out, f"{split}_{kind}.bin")) as f:
+                f.write_bytes(np.ascontiguousarray(array).tobytes())
+        if split == "train":
+            mean = rows.astype(np.float64).mean(0).tolist()
+    files = {name: file_sha256(Path(out, name)) for name in meta["files"]}
+    meta |= {"files": files, "image_mean": mean, "text_mean": mean}  # one modality, so one mean
+    write_json(Path(out, "meta.json"), meta | {"digest": digest(meta)})
+
+
+def train_control(cfg, name, checkpoint, data, drop):
+    """Train the GPT of a checkpoint once more, on other data or with other drops -> its path."""
+    out = Path(cfg.out, name)
+    options = checkpoint["config"] | {"data": data, "drop": drop, "out": str(out)}
+    words = [f"--{k}={v}" for k, v in options.items() if k != "preset"]
+    if subprocess.run([sys.executable, Path(__file__).with_name("train_gpt.py"), *words]).returncode:
+        fail(f"the control {name} was not trained; what train_gpt.py says above tells why")
+    return str(out / "gpt.pt")
+
+
+def plot(path, title, xlabel, lines):
+    """A line chart, PNG: lines is {name: [(x, y, low, high), ...]}, y a share in [0, 1] with its interval."""
+    w, h, left, top, colours = 640, 400, 60, 40, ("#1f5fbf", "#d0442e", "#2e8b4a", "#8a5aa8", "#c58a1b")
+    sheet = Image.new("RGB", (w, h), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    xs = [p[0] for points in lines.values() for p in points]
+    low = math.floor(10 * min(p[2] for points in lines.values() for p in points)) / 10
+
+    def at(x, y):
+        return (left + (w - left - 150) * (x - min(xs)) / (max(xs) - min(xs) or 1),
+                top + (h - top - 50) * (1 - (y - low) / (1 - low or 1)))
+    pen.text((left, 10), title, fill="black", font=font)
+    pen.text((left, h - 22), xlabel, fill="black", font=font)
+    for i in range(6):
+        y = low + (1 - low) * i / 5
+        pen.line([at(min(xs), y), at(max(xs), y)], fill="#dddddd")
+        pen.text((8, at(0, y)[1] - 8), f"{y:.0%}", fill="black", font=font)
+    for x in sorted(set(xs)):
+        pen.text((at(x, low)[0] - 8, h - 45), f"{x:g}", fill="black", font=font)
+    for (name, points), colour in zip(lines.items(), colours):
+        pen.line([at(x, y) for x, y, _, _ in points], fill=colour, width=2)
+        for x, y, a, b in points:
+            pen.line([at(x, a), at(x, b)], fill=colour)
+            pen.ellipse([at(x, y)[0] - 3, at(x, y)[1] - 3, at(x, y)[0] + 3, at(x, y)[1] + 3], fill=colour)
+        pen.text((w - 140, at(0, points[-1][1])[1] - 8), name, fill=colour, font=font)
+    with whole(path) as f:
+        sheet.save(f)
+
+
+def main():
+    cfg = configure(Config)
+    machine = Machine(cfg.device, cfg.dtype, training=False)
+    toy = Path(cfg.data, "world.json").is_file() and Path(cfg.data, "captions.tsv").is_file()
+    if not toy and not cfg.texts:
+        fail(f"{cfg.data} is no toy world (no captions.tsv); draw one with toy.py, or give prompts, --texts=FILE")
+    if not toy and cfg.controls:
+        fail("--controls=True needs the toy world, which has captions")
+    gpt, vqgan, clip, options = sample.load(cfg, machine)
+    referee = load_clip(cfg.judge, machine.device, cfg.trust_jit) if cfg.judge else clip
+    if toy:
+        judge = get_judge(cfg, machine)
+        (held, rows), (train, train_rows) = (read_world(cfg.data, *s) for s in (["heldout"], ["train", "unseen"]))
+        groups = [f"{r['colour']} {r['object']}" for r in rows]
+        wanted = [{"colour": c, "object": o} for c in COLOURS for o in OBJECTS]
+        prompts = [f"a {w['colour']} {w['object']}" for w in wanted]
+    else:
+        try:
+            prompts = [line.strip() for line in Path(cfg.texts).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            fail(f"{cfg.texts} can't be read ({e}); --texts takes a text file, one prompt a line")
+        if len(prompts) < 2:
+            fail(f"{cfg.texts} holds {len(prompts)} prompts; two or more are needed, one a line")
+        source = Pictures(cfg.data)
+        train, held = (np.stack([crop(source.open(name, vqgan.cfg.image_size), vqgan.cfg.image_size) for name in names])
+                       for names in (some[:2000] for some in split_names(source.names, 10.0)))
+        judge, wanted, groups, rows, train_rows = None, None, range(len(held)), None, None
+
+    @torch.no_grad()
+    def features(pictures):
+        if not toy:
+            return clip_embeddings(referee, pictures).double().cpu().numpy()
+        return np.concatenate([judge.body(judged(p).to(machine.device)).double().cpu().numpy()
+                               for p in np.array_split(pictures, 1 + len(pictures) // 256)])
+    texts, own = clip.text(prompts), np.arange(len(prompts)).repeat(cfg.n)
+    theirs = texts if referee is clip else referee.text(prompts)
+    enough = min(len(held) // 2, len(prompts) * cfg.n)  # as many pictures in every Frechet distance
+    reference, near = features(held), tiny(train)
+    table, sheet = {}, {}
+    if toy:
+        captions = clip.text([r["caption"] for r in rows[:500]])
+        cosine = (clip_embeddings(clip, held[:500]) * captions).sum(1).mean().item()
+        machine.say(f"cosine of {len(captions)} held-out drawings to their own captions: {cosine:.3f}")
+
+    def judge_row(name, pictures, wanted, groups, own=None, n=None):
+        """One row of the table: all that can be said of these pictures."""
+        table[name] = (match(judge, pictures, wanted, machine) if toy else {}) | (
+            retrieval(referee, pictures, theirs, own) if own is not None else {}) | quality(
+            features, pictures, groups, reference, near, n or enough)
+        right = f"right object and colour {table[name]['both']['share']:.1%}, " if toy else ""
+        machine.say(f"{name}: {right}Frechet distance {table[name]['frechet']:.2f}")
+
+    def text_row(name, nets, texts, options):
+        made = draw(nets, texts, prompts, cfg.n, options, machine, cfg)
+        judge_row(name, made, wanted and [w for w in wanted for _ in range(cfg.n)], [prompts[i] for i in own], own)
+        sheet[name] = made[::cfg.n]
+        return made
+
+    judge_row("true training pictures", train[:4000], train_rows, [0])  # their Frechet distance is the floor
+    judge_row("true held-out pictures", held, rows, groups)
+    judge_row("their reconstructions", reconstructions(vqgan, held, machine), rows, groups)
+    ours = "samples of the prompts, N=1"
+    made = text_row(ours, (gpt, vqgan), texts, options)
+    score = (clip_embeddings(clip, made) * texts.repeat_interleave(cfg.n, 0)).sum(1).view(-1, cfg.n)
+    best = made[np.arange(len(prompts)) * cfg.n + score.argmax(1).cpu().numpy()]
+    judge_row(f"the same, best of {cfg.n} by CLIP", best, wanted, prompts, range(len(prompts)))
+    if toy:
+        long = [w | {"background": list(BACKGROUNDS)[i % 4], "size": list(SIZES)[i % 3]} for i, w in enumerate(wanted)]
+        words = ["a {size} {colour} {object} on a {background} background".format(**w).replace("medium ", "")
+                 for w in long]
+        pictures = draw((gpt, vqgan), clip.text(words), words, cfg.n, options, machine, cfg)
+        judge_row("samples of prompts with size and background, N=1", pictures, [w for w in long for _ in range(cfg.n)],
+                  [words[i] for i in own])
+    some = held[:len(prompts) * cfg.n]
+    pictures = draw((gpt, vqgan), clip_embeddings(clip, some), map(str, range(len(some))), 1, options, machine, cfg,
+                    "image")
+    judge_row("drawn from held-out pictures' embeddings", pictures, rows, list(groups)[:len(some)])
+    if cfg.gap and not gpt.cfg.classic:
+        means = gpt.means.clone()
+        if means[1].any():  # centred: the texts' mean moves along
+            gpt.means[1] = shifted(clip.text(GENERIC), cfg.gap).mean(0)
+        text_row(f"samples, the texts' embeddings moved by {cfg.gap:g}", (gpt, vqgan), shifted(texts, cfg.gap), options)
+        gpt.means.copy_(means)
+    if cfg.guidances:
+        lines = {"both": [], "unseen pairs": []} if toy else {"retrieval": []}
+        for g in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
+            text_row(f"samples at guidance {g:g}", (gpt, vqgan), texts, options | {"cfg": g})
+            row = table[f"samples at guidance {g:g}"]
+            for name, key in zip(lines, ("both", "unseen") if toy else ("retrieval",)):
+                lines[name].append((g, *(row[key][k] for k in ("share", "low", "high"))))
+        plot(Path(cfg.out, "guidance.png"), f"match against guidance, n={len(prompts) * cfg.n}, seed {cfg.seed}",
+             "classifier-free guidance", lines)
+    if cfg.controls:
+        _, checkpoint = load_gpt(cfg.gpt, machine.device) if cfg.gpt else fail("--controls=True needs --gpt=FILE")
+        dump = str(Path(cfg.out, "caption_tokens"))
+        caption_dump(cfg, checkpoint["config"]["data"], clip, dump)
+        captioned, nothing = (f"control: the same GPT trained on {what}" for what in ("captions", "nothing"))
+        other = train_control(cfg, "captioned", checkpoint, dump, checkpoint["config"]["drop"])
+        text_row(captioned, (load_gpt(other, machine.device)[0], vqgan), texts, options)
+        other = train_control(cfg, "unconditioned", checkpoint, checkpoint["config"]["data"], 1.0)
+        text_row(nothing, (load_gpt(other, machine.device)[0], vqgan), texts, options | {"cfg": 0.0})
+        ratio = table[ours]["both"]["share"] / max(1e-9, table[captioned]["both"]["share"])
+        machine.say(f"right object and colour, language-free / captioned: {ratio:.3f}")
+    if cfg.optimise:
+        chosen = np.random.default_rng(0).permutation(len(prompts))[:cfg.optimise]
+        draw((gpt, vqgan), texts[:1], ["warm"], 1, options, machine, cfg)
+        begun = time.time()
+        for i in range(10):
+            draw((gpt, vqgan), texts[:1], [str(i)], 1, options, machine, cfg)
+        one, parts, bar = (time.time() - begun) / 10, [], Progress(len(chosen), unit="prompt optimised")
+        for some in np.array_split(chosen, -(-len(chosen) // 8)):
+            parts.append(optimise(vqgan, clip, texts[some], (10 * one, 100 * one), cfg.seed))
+            bar(len(some))
+        what = wanted and [wanted[i] for i in chosen]
+        judge_row(f"our first pictures of {len(chosen)} prompts, {one * 1e3:.0f} ms each", made[chosen * cfg.n], what,
+                  list(chosen), chosen)
+        for factor, pictures in zip((10, 100), map(np.concatenate, zip(*parts))):
+            name = f"those by optimisation against CLIP, {factor} times our time"
+            judge_row(name, pictures, what, list(chosen), chosen)
+            sheet[name] = np.zeros_like(made[::cfg.n])
+            sheet[name][chosen] = pictures
+    print(markdown := report(table, toy), flush=True)
+    with whole(Path(cfg.out, "match.md")) as f:
+        f.write_text(markdown + "\n")
+    write_json(Path(cfg.out, "match.json"), {"config": asdict(cfg), "options": options, "judge": referee.name,
+                                             "seed": cfg.seed, "table": table})
+    save_grid(Path(cfg.out, "match.png"), [Image.fromarray(p) for p in made], 2 * cfg.n, prompts, cfg.n)
+    shown = np.sort(chosen[:12]) if cfg.optimise else np.arange(0, len(prompts), max(1, len(prompts) // 12))
+    save_grid(Path(cfg.out, "compare.png"), [Image.fromarray(p[i]) for p in sheet.values() for i in shown], len(shown),
+              list(sheet), len(shown))
+    machine.say(f"wrote {cfg.out}/match.json, match.md, match.png (all prompts) and compare.png (a row for each kind)")
+    if toy and table[ours]["both"]["share"] < cfg.min_match:
+        raise SystemExit(1)
+
+
+def report(table, toy):
+    """The rows as Markdown: shares with Wilson's 95% intervals, means with 1.96 standard errors."""
+    def cell(x):
+        if x is None or isinstance(x, float):
+            return "" if x is None else f"{x:.3f}"
+        if "share" in x:
+            return f"{x['share']:.1%} ({x['low']:.1%}–{x['high']:.1%}), n={x['n']}"
+        return f"{x['mean']:.3f} ± {x['half']:.3f}"
+    names = (["object", "colour", "both", "unseen", "background"] if toy else []) + ["similarity", "retrieval"]
+    lines = []
+    for columns in (names, ["frechet", "diversity", "nearest"]):
+        lines += ["| pictures | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+        for what, row in table.items():
+            cells = [f"{row['frechet']:.2f} ± {row['frechet_spread']:.2f}, n={row['n']}" if k == "frechet" else
+                     cell(row.get(k)) for k in columns]
+            lines.append(f"| {what} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -334,8 +334,8 @@ class GPTConfig:
         return not self.classic and self.without != part
 
 
-# What the default changes in the 2022 network: RMSNorm without weights, no biases, normalised queries and keys, ReLU^2 for
-# GELU, 2-D rotary positions, zero-initialised output projections.
+# What the default changes in the network of 2022: RMSNorm without weights, no biases, normalised queries and keys,
+# ReLU^2 for GELU, 2-D rotary positions, zero-initialised output projections.
 MODERN = ("rmsnorm", "no_bias", "qk_norm", "relu2", "rope", "zero_init")
 
 

@@ -209,6 +209,11 @@ def join(out, parts, splits, cfg, made, side, codes, clip, dtype, machine):
     meta = json.loads(json.dumps(meta))  # as it will be read back
     write_json(out / "meta.json", meta | {"digest": digest(meta)})
     shutil.rmtree(parts)
+    mean, generic = (torch.tensor(meta[k]) for k in ("image_mean", "text_mean"))
+    rows_clip = np.fromfile(out / "train_clip.bin", np.float16, 1000 * clip.dim).reshape(-1, clip.dim)
+    nearest = (torch.from_numpy(rows_clip.astype(np.float32)) @ texts.cpu().T).max(1).values.mean().item()
+    machine.say(f"modality gap: {(mean - generic).norm():.3f} between the mean embeddings of pictures and of "
+                f"{len(GENERIC)} generic phrases; cosine of a picture to the nearest of those {nearest:.3f}")
     first = f", the first: {': '.join(skipped[0])}" if skipped else ""
     machine.say(f"wrote {rows['train']} training and {rows['val']} validation rows to {out}; {len(skipped)} pictures "
                 f"skipped{first}; next: python train_gpt.py --data={out}")

@@ -30,7 +30,7 @@ class Config:
     n: AutoCount = None                 # pictures to keep of each prompt (auto: 4; classic 8)
     candidates: AutoCount = None        # pictures to draw of each, of which CLIP keeps the best n (auto: n; classic 64)
     cfg: AutoAmount = None              # classifier-free guidance, 1 is none (auto: 2; classic 1)
-    temperature: AutoAmount = None      # 0 takes the likeliest token (auto: 1)
+    temperature: AutoAmount = None      # 0 takes the likeliest token (auto: 0.7; classic 1)
     top_k: AutoWhole = None             # choose among this many likeliest codes, 0 is all (auto: 0; classic 500)
     top_p: AutoShare = None             # choose among the likeliest codes that hold this mass (auto: 1; classic 0.95)
     seed: Whole = 0                     # picture i of a prompt depends on (seed, prompt, i) alone
@@ -39,7 +39,7 @@ class Config:
     dtype: Dtype = "auto"               # auto (float32 on a CPU), float32, bfloat16, float16
 
 
-MODERN = {"n": 4, "candidates": 0, "cfg": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+MODERN = {"n": 4, "candidates": 0, "cfg": 2.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
 CLASSIC = {"n": 8, "candidates": 64, "cfg": 1.0, "temperature": 1.0, "top_k": 500, "top_p": 0.95}  # as released in 2022
 
 

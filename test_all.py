@@ -29,7 +29,8 @@ import common
 import sample
 import train_gpt
 import vqgan
-from model import GPT, VQGAN, Discriminator, GPTConfig, Quantizer, VQGANConfig, hinge_loss, pick
+import evaluate
+from model import GPT, MODERN, VQGAN, Discriminator, GPTConfig, Quantizer, VQGANConfig, hinge_loss, pick
 
 HERE = Path(__file__).parent
 PHOTOS = HERE.parent / "shared/data/photos"
@@ -110,6 +111,45 @@ def test_cached_logits_equal_uncached(classic, guidance):
             plain = null + guidance * (plain - null)
     assert (cached - plain).abs().max() <= 1e-5 * plain.abs().max() * max(1, 2 * guidance)
     assert plain.std() > 0.05
+
+
+@pytest.mark.parametrize("part", MODERN)
+def test_a_modern_part_left_out_is_left_out_alone(part):
+    """The network still decodes as it trains, and differs from the full one in that part only."""
+    model, full = tiny_gpt(without=part), tiny_gpt()
+    cond, tokens, seen = model.condition(some(3, 24)), tokens_for(model, 3), []
+    model.decode_logits(cond, lambda i, logits: seen.append(logits) or tokens[:, i], 2.0)
+    with torch.no_grad():
+        plain, null = (model(cond, tokens[:, :-1], torch.full((3,), drop)) for drop in (False, True))
+    assert torch.allclose(torch.stack(seen, 1), null + 2 * (plain - null), atol=1e-4)
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, full)]
+    more = {k for k in shapes[0] if k not in shapes[1]}
+    assert not shapes[1].keys() - shapes[0].keys()
+    assert {"rmsnorm": "ln_", "no_bias": "bias", "rope": "pos_emb"}.get(part, "none") in " ".join(more or {"none"})
+    assert bool(more) == (part in ("rmsnorm", "no_bias", "rope"))
+    if part not in ("rmsnorm", "no_bias", "rope", "zero_init"):
+        model.load_state_dict(full.state_dict())
+        assert not torch.allclose(model(cond, tokens[:, :-1]), full(cond, tokens[:, :-1]), atol=1e-3)
+    if part == "zero_init":
+        assert tiny_gpt(fill=False, without=part).head.weight.std() > 0.05
+
+
+def test_embedding_loss_by_hand_and_its_gradient():
+    """Confident logits: the loss is 1 - cosine of the picture that those tokens give; unsure ones get a gradient."""
+    gpt, vq = tiny_gpt(codes=32), tiny_vqgan().requires_grad_(False).eval()
+    tokens, cond, wanted = tokens_for(gpt, 2), gpt.condition(some(2, 24)), some(2, 12)
+
+    class Eye:
+        size = 16
+
+        def image(self, pixels):
+            return F.normalize(pixels.flatten(1)[:, ::64], dim=-1)
+    loss = train_gpt.embedding_loss(gpt, vq, Eye(), cond, tokens, wanted)
+    likeliest = gpt(cond, tokens[:, :-1]).argmax(-1).view(2, 4, 4)
+    seen = Eye().image((vq.decode(likeliest) + 1) / 2)
+    assert loss.item() == pytest.approx(1 - F.cosine_similarity(seen, wanted).mean().item(), abs=1e-5)
+    loss.backward()
+    assert gpt.head.weight.grad.abs().sum() > 0 and gpt.cond_proj.weight.grad.abs().sum() > 0
 
 
 def test_guidance_one_is_plain_conditional_sampling():
@@ -294,6 +334,53 @@ def test_help_names_every_option_with_default_and_comment(capsys):
 def test_learning_rate_curve():
     lr = [common.learning_rate(s, 1.0, 10, 100) for s in range(101)]
     assert lr[0] == 0.1 and lr[9] == lr[10] == 1.0 and lr[55] == pytest.approx(0.5) and lr[100] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("rows, columns", [(5, 30), (30, 5), (16, 16)])
+def test_orthogonal_is_newton_schulz(rows, columns):
+    """The batched form on the small side gives what five plain steps in float64 give."""
+    x = some(3, rows, columns)
+    y = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        a = y @ y.mT
+        y = 3.4445 * y - 4.7750 * a @ y + 2.0315 * a @ a @ y
+    assert (common.orthogonal(x) - y).abs().max() < 1e-4
+    singular = torch.linalg.svdvals(common.orthogonal(x))
+    assert singular.max() < 1.3 and singular.median() > 0.6
+
+
+def test_frechet_distance_by_hand():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6))
+    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet(a, a + 3) == pytest.approx(6 * 9)                         # only the mean moves
+    assert evaluate.frechet(a, 2 * a - a.mean(0)) == pytest.approx(np.trace(np.cov(a.T)))  # twice the spread, same mean
+
+
+def test_the_gap_is_a_constant_vector_of_that_length():
+    e = F.normalize(some(50, 32), dim=-1)
+    moved = evaluate.shifted(e, 0.8)
+    assert torch.allclose(moved.norm(dim=-1), torch.ones(50), atol=1e-5)
+    away = moved * (e + 0.8 * F.normalize(torch.randn(32, generator=torch.Generator().manual_seed(0)), dim=0)).norm(
+        dim=-1, keepdim=True) - e
+    assert torch.allclose(away.norm(dim=-1), torch.full((50,), 0.8), atol=1e-5)
+    assert (away - away[0]).abs().max() < 1e-5
+
+
+def test_retrieval_and_shares_by_hand():
+    assert evaluate.share([True] * 8 + [False] * 2)["share"] == 0.8
+    low, high = (evaluate.share([True] * 8 + [False] * 2)[k] for k in ("low", "high"))
+    assert low == pytest.approx(0.4902, abs=1e-3) and high == pytest.approx(0.9433, abs=1e-3)  # Wilson 1927
+
+    class Eye:  # sees the mean colour
+        size, device = 8, "cpu"
+
+        def image(self, pixels):
+            return F.normalize(pixels.mean((2, 3)), dim=-1)
+    pictures = np.zeros((4, 8, 8, 3), np.uint8)
+    pictures[[0, 1], ..., 0], pictures[[2, 3], ..., 1] = 200, 100
+    found = evaluate.retrieval(Eye(), pictures, torch.eye(3)[:2], [0, 0, 1, 0])
+    assert found["retrieval"]["share"] == 0.75 and found["similarity"]["mean"] == pytest.approx(0.75)
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
@@ -778,7 +865,8 @@ def world(tmp_path_factory):
     said["train_gpt"] = command(HERE / "train_gpt.py", *GPT_ARGS, "--out=out/toy", cwd=d).stdout
     said["sample"] = command(HERE / "sample.py", "a red bus", "a blue fish", "--n=2", "--candidates=4", cwd=d).stdout
     (d / "captions.tsv").rename(d / "data/toy/captions.tsv")
-    said["evaluate"] = command(HERE / "evaluate.py", "--n=1", "--judge_steps=3", cwd=d).stdout
+    said["evaluate"] = command(HERE / "evaluate.py", "--n=1", "--judge_steps=3", "--controls=True", "--optimise=3",
+                               "--gpt=out/toy/gpt.pt", cwd=d).stdout
     return d, said
 
 
@@ -798,7 +886,36 @@ def test_stages_end_to_end(world):
     assert "best 2 of 4 by CLIP" in said["sample"] and "out/toy/gpt.pt" in said["sample"]
     assert Image.open(d / "out/samples.png").size[0] >= 64 and len(list((d / "out/samples").glob("*.png"))) == 4
     table = json.loads((d / "out/toy/match.json").read_text())["table"]
-    assert len(table) == 3 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
+    assert len(table) == 13 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
+    assert table["true training pictures"]["nearest"] == pytest.approx(0, abs=1e-3)
+    for path in ("match.md", "compare.png", "captioned/gpt.pt", "unconditioned/gpt.pt"):
+        assert (d / "out/toy" / path).stat().st_size > 0
+    assert "modality gap" in said["prepare"] and "to their own captions" in said["evaluate"]
+
+
+def test_unseen_pairs_are_for_clip_alone(world):
+    d, _ = world
+    rows = [line.split("\t") for line in (d / "data/toy/captions.tsv").read_text().splitlines()[1:]]
+    assert {r[6] for r in rows} == {"train", "unseen", "heldout"}
+    from toy import UNSEEN
+    assert len({o for _, o in UNSEEN}) == len(UNSEEN) == 12 and len({c for c, _ in UNSEEN}) == 8
+    for path, thing, colour, *_, split in rows:
+        assert path.startswith(split + "/") and (d / "data/toy" / path).is_file()
+        if split != "heldout":
+            assert (split == "unseen") == ((colour, thing) in UNSEEN)
+
+
+def test_the_captioned_control_sees_the_captions_of_the_same_pictures(world):
+    d, _ = world
+    (meta, ours), (other, theirs) = (train_gpt.open_dump(d / p) for p in ("data/toy_tokens", "out/toy/caption_tokens"))
+    clip = common.load_clip(d / "out/toy/clip.pt")
+    captions = dict(line.split("\t")[::5] for line in (d / "data/toy/captions.tsv").read_text().splitlines()[1:])
+    names = [n for n in common.Pictures(d / "data/toy/train").names if n != "broken.png"]
+    for split, names, crops in zip(("train", "val"), common.split_names(names, 10), (3, 1)):
+        assert np.array_equal(ours[split][0], theirs[split][0])
+        for i in range(0, len(names), 7):
+            text = clip.text([captions.get(f"train/{names[i]}", "")])[0].numpy()
+            assert np.abs(theirs[split][1][i * crops] - text).max() < 1e-3
 
 
 def test_dump_rows_follow_the_sorted_sources(world):

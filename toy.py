@@ -52,9 +52,9 @@ COLOURS = {"red": (214, 34, 38), "yellow": (240, 204, 24), "green": (32, 150, 58
            "purple": (126, 42, 168), "pink": (248, 120, 186), "brown": (122, 74, 34), "black": (26, 26, 30)}
 BACKGROUNDS = {"white": (250, 250, 248), "grey": (168, 170, 174), "sky": (166, 214, 246), "sand": (234, 212, 166)}
 SIZES = {"small": (0.29, 0.34), "medium": (0.34, 0.38), "large": (0.38, 0.43)}  # half the width, in picture sides
-UNSEEN = (("purple", "bus"), ("green", "car"), ("blue", "house"), ("pink", "tree"), ("black", "boat"), ("yellow", "fish"),
-          ("brown", "star"), ("green", "heart"), ("red", "moon"), ("blue", "flower"), ("pink", "cup"),
-          ("black", "mushroom"))  # colour and object that neither the VQGAN nor the GPT ever sees together
+UNSEEN = (("purple", "bus"), ("green", "car"), ("blue", "house"), ("pink", "tree"), ("black", "boat"),
+          ("yellow", "fish"), ("brown", "star"), ("green", "heart"), ("red", "moon"), ("blue", "flower"),
+          ("pink", "cup"), ("black", "mushroom"))  # what neither the VQGAN nor the GPT ever sees together
 CAPTIONS = ("a {colour} {object}", "a {size} {colour} {object}", "a {colour} {object} on a {background} background",
             "a {size} {colour} {object} on a {background} background", "a {object}", "something {colour}")
 

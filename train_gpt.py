@@ -225,8 +225,8 @@ def main():
 
 def embedding_loss(model, vqgan, clip, cond, tokens, embedding):
     """The paper's second loss: paint the tokens that the GPT holds likeliest, and ask that CLIP see in the picture what
-    the condition says: 1 - cosine to the embedding (b, D). Straight-through: the likeliest codes go forward, the gradient
-    goes back through the probabilities."""
+    the condition says: 1 - cosine to the embedding (b, D). Straight-through: the likeliest codes go forward, the
+    gradient goes back through the probabilities."""
     p = model(cond, tokens[:, :-1]).float().softmax(-1)                                            # (b, T, K)
     hard = F.one_hot(p.argmax(-1), p.shape[-1]) + p - p.detach()                                   # (b, T, K)
     codes = (hard @ vqgan.quantize.lookup(torch.arange(p.shape[-1], device=p.device)[None, None])[0, :, 0].T).mT

@@ -1,0 +1,162 @@
+"""What does each part buy? Trains variants of the demo's GPT on the demo's dump, each over several seeds, judges what
+they draw as evaluate.py does, and writes one table, negatives included.
+
+    make demo && python ablate.py
+Every run gets the time in which the reference takes --max_steps steps: a variant's own rate is measured first, by dry
+runs in turn, and its number of steps follows from that. Finished runs are kept, so the same command goes on where it
+stopped."""
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+import evaluate
+import sample
+from common import Count, Machine, configure, fail, load_clip, load_gpt, load_vqgan, write_json
+from prepare import GENERIC
+from toy import COLOURS, OBJECTS
+
+
+@dataclass
+class Config:
+    data: str = "data/toy"              # the toy world
+    models: str = "out/toy"             # the demo's clip.pt, vqgan.pt and judge.pt
+    dump: str = "data/toy_tokens"       # the demo's dump
+    out: str = "out/ablations"          # a folder for each run, ablations.md, ablations.json, noise.png
+    only: str = ""                      # of the rows, those with one of these in their name: noise,centred
+    seeds: Count = 3                    # runs of each row
+    max_steps: Count = 250              # of the reference; every other row gets the same time
+    n: Count = 4                        # pictures of each prompt
+    jobs: Count = 2                     # runs at a time, on one thread each
+
+
+VARIANTS = {  # name: (options of prepare.py, options of train_gpt.py)
+    "reference": ([], []),
+    "classic (2022)": ([], ["--classic=True", "--noise=0"]),
+    "without RMSNorm (LayerNorm)": ([], ["--without=rmsnorm"]),
+    "without leaving out biases": ([], ["--without=no_bias"]),
+    "without normalised queries and keys": ([], ["--without=qk_norm"]),
+    "without ReLU² (GELU)": ([], ["--without=relu2"]),
+    "without 2-D rotary positions (learned)": ([], ["--without=rope"]),
+    "without zero-initialised outputs": ([], ["--without=zero_init"]),
+    "noise 0": ([], ["--noise=0"]),
+    "noise 0.25": ([], ["--noise=0.25"]),
+    "noise 1": ([], ["--noise=1"]),
+    "noise 2": ([], ["--noise=2"]),
+    "not centred": ([], ["--center=False"]),
+    "embedding-reconstruction loss 0.1": ([], ["--recon=0.1"]),
+    "1 crop a picture": (["--crops=1"], []),
+    "4 crops a picture": (["--crops=4"], []),
+}
+
+
+def stage(cfg, name, words):
+    """Run a stage on one thread; returns what it said."""
+    path = Path(__file__).with_name(name)
+    done = subprocess.run([sys.executable, path, *words], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        fail(f"{name} {' '.join(words)} failed: {done.stderr[-300:]}")
+    return done.stdout
+
+
+def match(cfg, path, judge, vqgan, clip, gap):
+    """Share of right object and colour, all pairs and unseen ones, of n pictures of each prompt at guidance 2 (a
+    classic GPT: 1), the texts' embeddings moved by a constant vector of length `gap`."""
+    machine = Machine("cpu", "float32", training=False)
+    gpt, checkpoint = load_gpt(path, machine.device)
+    options = sample.settings(sample.Config(), gpt, checkpoint) | {"top_k": 0, "top_p": 1.0}
+    if gap and gpt.means[1].any():
+        gpt.means[1] = evaluate.shifted(clip.text(GENERIC), gap).mean(0)
+    wanted = [{"colour": c, "object": o} for c in COLOURS for o in OBJECTS]
+    prompts = [f"a {w['colour']} {w['object']}" for w in wanted]
+    texts = clip.text(prompts)
+    texts = evaluate.shifted(texts, gap) if gap else texts
+    made = evaluate.draw((gpt, vqgan), texts, prompts, cfg.n, options, machine, evaluate.Config())
+    found = evaluate.match(judge, made, [w for w in wanted for _ in range(cfg.n)], machine)
+    return found["both"]["share"], found["unseen"]["share"]
+
+
+def main():
+    cfg = configure(Config)
+    torch.set_num_threads(1)
+    machine = Machine("cpu", "float32", training=False)
+    vqgan, clip = load_vqgan(f"{cfg.models}/vqgan.pt", "cpu")[0], load_clip(f"{cfg.models}/clip.pt")
+    judge = evaluate.get_judge(evaluate.Config(data=cfg.data, out=cfg.models), machine)
+    parts = cfg.only.split(",")
+    chosen = {k: v for k, v in VARIANTS.items() if k == "reference" or any(part in k for part in parts)}
+    slug = {name: re.sub(r"\W+", "-", name).strip("-") for name in chosen}
+
+    def options(name):
+        """The options of train_gpt.py for a row, its dump made first if that is another."""
+        prepare, words = chosen[name]
+        dump = cfg.dump
+        if prepare:
+            dump = f"{cfg.out}/dump-{slug[name]}"
+            stage(cfg, "prepare.py", [f"--data={cfg.data}/train", f"--vqgan={cfg.models}/vqgan.pt",
+                                      f"--clip={cfg.models}/clip.pt", f"--out={dump}", *prepare])
+        return [f"--data={dump}", f"--vqgan={cfg.models}/vqgan.pt", *words]
+
+    words = {name: options(name) for name in chosen}
+    known = Path(cfg.out, "speed.json")
+    speed = json.loads(known.read_text()) if known.exists() else {}
+    new = [name for name in chosen if name not in speed]
+    rates = {name: [] for name in ["reference", *new]}
+    for _ in range(3 if new else 0):  # in turn, so that a slow moment of the machine hits all alike
+        for name in rates:
+            said = stage(cfg, "train_gpt.py", [*words[name], f"--out={cfg.out}/dry", "--dry_run=True"])
+            rates[name].append(float(re.search(r"([\d.e+]+) steps/s", said)[1]))
+    speed |= {name: statistics.median(rates[name]) / statistics.median(rates["reference"]) for name in new}
+    write_json(known, speed)
+    judging = Lock()
+
+    def one(job):
+        """Train and judge one variant with one seed."""
+        seed, name = job
+        out, steps = f"{cfg.out}/{slug[name]}-{seed}", round(cfg.max_steps * speed[name] / 10) * 10
+        if not Path(out, "gpt.pt").exists():
+            stage(cfg, "train_gpt.py", [*words[name], f"--out={out}", f"--seed={seed}", f"--max_steps={steps}",
+                                        f"--eval_every={steps}"])
+        losses = re.findall(r'"val_loss": ([\d.]+)', Path(out, "gpt.jsonl").read_text())
+        with judging:
+            plain, moved = (match(cfg, f"{out}/gpt.pt", judge, vqgan, clip, gap) for gap in (0.0, 0.8))
+        print(f"{name}, seed {seed}: validation loss {losses[-1]}, right {plain[0]:.1%}, moved by 0.8 {moved[0]:.1%}",
+              flush=True)
+        return {"name": name, "seed": seed, "steps": steps, "val_loss": float(losses[-1]), "both": plain[0],
+                "unseen": plain[1], "moved": moved[0]}
+
+    jobs = [(seed, name) for seed in range(cfg.seeds) for name in chosen]
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        runs = list(pool.map(one, jobs))
+    columns = {"val_loss": "validation loss", "both": "object and colour", "unseen": "unseen pairs",
+               "moved": "object and colour, gap 0.8"}
+    lines = ["| variant | steps in the same time | " + " | ".join(columns.values()) + " |", "| --- |" + " --- |" * 5]
+    for name in chosen:
+        mine = [r for r in runs if r["name"] == name]
+        cells = []
+        for key in columns:
+            values = [r[key] * (1 if key == "val_loss" else 100) for r in mine]
+            spread = f" ± {statistics.stdev(values):.{3 if key == 'val_loss' else 1}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{3 if key == 'val_loss' else 1}f}{spread}")
+        lines.append(f"| {name} | {mine[-1]['steps']} | " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+    Path(cfg.out, "ablations.md").write_text("\n".join(lines) + "\n")
+    write_json(Path(cfg.out, "ablations.json"), {"runs": runs, "speed": speed, "pictures": cfg.n * 96})
+    noise = [(0.5 if n == "reference" else float(n.split()[1]), n) for n in chosen if n == "reference" or "noise" in n]
+    points = {key: [(x, sum(r[key] for r in runs if r["name"] == n) / cfg.seeds,
+                     min(r[key] for r in runs if r["name"] == n), max(r[key] for r in runs if r["name"] == n))
+                    for x, n in sorted(noise)] for key in ("both", "moved")}
+    evaluate.plot(Path(cfg.out, "noise.png"), f"match against noise, {cfg.seeds} seeds, bars from lowest to highest",
+                  "length of the noise added in training", {"as is": points["both"], "gap 0.8": points["moved"]})
+
+
+if __name__ == "__main__":
+    main()
