@@ -1,0 +1,336 @@
+"""How fast, and how far from what this machine can do.
+
+First the machine's own limits (matrix products, convolutions, reading memory), then each part in processes of its own:
+sampling by GPT.generate, training by the trainers' --dry_run, preparing by prepare.py, on made-up pictures and untrained
+networks. Every share is a ratio of two rates of this one run; the table ends up in out/bench/bench.json too.
+    python bench.py                          # all of it; on a GPU if there is one, there with torch.compile and without
+    python bench.py --parts=sample --n_layer=12"""
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import types
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import prepare
+import train_gpt
+import vqgan
+from common import (AutoCount, Compile, Count, Device, Dtype, Machine, Pictures, clip_package, configure, digest, fail,
+                    load_clip, load_vqgan, write_json)
+from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfig
+
+CLIPS = {"vit": (512, 224, 12, 768, 32, 77, 49408, 64, 1, 1),  # ViT-B/32 (its text side cut short), one that costs
+         "cheap": (512, 32, (1, 1, 1, 1), 8, None, 24, 49408, 64, 1, 1),      # nothing, and the toy's
+         "toy": (64, 64, (1, 1, 1, 1), 16, None, 24, 49408, 64, 1, 2)}
+
+
+@dataclass
+class Config:
+    parts: str = "sample,gpt,vqgan,prepare,batches"  # which, separated by commas
+    out: str = "out/bench"              # bench.json; and data/, which is made anew
+    n_layer: Count = 24                 # the large GPT's blocks
+    n_head: Count = 16                  # heads
+    n_embd: Count = 1024                # width
+    grid: Count = 16                    # side of the token grid: 16 is 256 tokens
+    codes: Count = 16384                # size of the codebook
+    batch: Count = 8                    # pictures sampled at a time, beside one at a time
+    rows: AutoCount = None              # rows of the large GPT's training step (auto: 4 on a CPU, 64 on a GPU)
+    pixels: Count = 128                 # side of the large VQGAN's pictures
+    pictures: AutoCount = None          # pictures of its training step (auto: 4 on a CPU, 32 on a GPU)
+    steps: Count = 3                    # large training steps: two to warm up, the others are timed
+    photos: str = ""                    # JPEGs to prepare, a folder or tar; empty: drawn, smooth noise of 320 x 240
+    jpegs: Count = 2048                 # how many to draw
+    mib: Count = 1024                   # size of the dump that is read cold, from the disk
+    device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
+    dtype: Dtype = "auto"               # auto: trainers choose, prepare.py in float32, sampling in bfloat16
+    compile: Compile = "auto"           # auto: on CUDA with and without; True: with; False: without
+
+
+def wait(machine):
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def rate_of(machine, work, seconds):
+    """Runs a second: the best try after the first, in about that time."""
+    best, end, tries = math.inf, time.perf_counter() + seconds, 0
+    while tries < 4 or time.perf_counter() < end:
+        begun = time.perf_counter()
+        work()
+        wait(machine)
+        best, tries = min(best, time.perf_counter() - begun) if tries else best, tries + 1
+    return 1 / best
+
+
+def memory(machine):
+    """The most this process ever held, in GiB."""
+    import resource
+    if machine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
+
+
+def row(what, rate, unit, bound=None, of="", gib=None):
+    """A line of the table: a rate, the bound that applies and the share of it reached, peak memory."""
+    share = rate / bound if bound else None
+    reached = f"{share:7.1%} of {bound:.4g}, {of}" if bound else ""
+    print(f"{what:50s} {rate:9.4g} {unit:10s} {f'{gib:5.2f} GiB' if gib else '':9s} {reached}".rstrip(), flush=True)
+    return {"what": what, "rate": rate, "unit": unit, "bound": bound, "of": of, "share": share, "GiB": gib}
+
+
+@torch.no_grad()
+def limits(cfg):
+    """What the machine can do: products and convolutions (FLOP/s, by dtype), reading memory (bytes/s)."""
+    machine, rows = Machine(cfg.device, cfg.dtype), []
+    cuda, out = machine.device.type == "cuda", {"device": machine.device.type, "dtype": str(machine.dtype)[6:]}
+    name = "limits, " + (torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads")
+    n, side = (8192, 64) if cuda else (2048, 32)
+    for dtype in {machine.dtype, torch.bfloat16}:
+        a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
+        products, convolutions = 2 * n ** 3 * rate_of(machine, lambda: a @ b, 2), 0
+        for c, s in ((128, 2 * side), (256, side), (512, side // 2)):
+            conv = torch.nn.Conv2d(c, c, 3, padding=1).to(machine.device, dtype, memory_format=torch.channels_last)
+            x = torch.randn(8, c, s, s, device=machine.device).to(dtype, memory_format=torch.channels_last)
+            convolutions = max(convolutions, 18 * c * x.numel() * rate_of(machine, lambda: conv(x), 0.7))
+        out[str(dtype)[6:]] = {"products": products, "convolutions": convolutions}
+        rows += [row(f"{name}, {str(dtype)[6:]}: {k}", v / 1e9, "GFLOP/s") for k, v in out[str(dtype)[6:]].items()]
+    x = torch.ones(2 ** 28, device=machine.device)
+    out["read"] = x.nbytes * rate_of(machine, x.sum, 1)
+    return out, [*rows, row(f"{name}: reading memory", out["read"] / 1e9, "GB/s")]
+
+
+def kinds(cfg, limit):
+    """Values of --compile to try, each with what the table adds for it."""
+    both = cfg.compile == "auto" and limit["device"] == "cuda"
+    return [(k, ", compiled" * k) for k in ((False, True) if both else (cfg.compile == "True",))]
+
+
+@torch.no_grad()
+def sample(cfg, limit):
+    """GPT.generate at the large size, the plain loop without a cache, and the bare products of the same weights."""
+    machine, t, rows, plain = Machine(cfg.device, cfg.dtype), cfg.grid ** 2, [], {}
+    with machine.device:
+        gpt = GPT(GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)).requires_grad_(False).eval()
+    for p in gpt.parameters():
+        if not p.any():
+            p.normal_(std=0.02)  # an untrained GPT's layers that start at zero
+    for b in (1, cfg.batch):  # without a cache: 8 lengths, each for an eighth of the positions
+        cond, tokens = torch.randn(b, 512, device=machine.device), torch.zeros(b, t, dtype=torch.long)
+        plain[b] = 0
+        for length in range(t // 16, t, t // 8):
+            begun = time.perf_counter()
+            with machine.autocast():
+                gpt(cond, tokens[:, :length].to(machine.device))[:, -1].argmax(-1)
+            wait(machine)
+            plain[b] += (time.perf_counter() - begun) * t / 8
+        rows.append(row(f"sampling, no cache, batch {b}, {limit['dtype']}", b * t / plain[b], "tokens/s"))
+    dtype = torch.bfloat16 if cfg.dtype == "auto" else machine.dtype
+    layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
+    numbers, half = sum(math.prod(m.weight.shape) for m in layers), str(dtype)[6:]
+    for compiled, name in kinds(cfg, limit):
+        if compiled:
+            gpt.static = True
+            gpt.run = torch.compile(gpt.run, mode="reduce-overhead" if limit["device"] == "cuda" else None)
+        for b, guidance in ((1, 1.0), (1, 2.0), (cfg.batch, 1.0), (cfg.batch, 2.0)):
+            n = b if guidance == 1 else 2 * b
+            cond, uniform = torch.randn(b, 512, device=machine.device), torch.rand(b, t, device=machine.device)
+            inputs = [torch.randn(n, 1, m.weight.shape[1], device=machine.device, dtype=dtype) for m in layers]
+            for _ in range(1 + compiled):  # compiling is not timed
+                steps, bare = timed(gpt, cond, uniform, guidance, machine, list(zip(layers, inputs)))
+            step, cache = sum(steps) / len(steps), cfg.n_layer * n * cfg.n_embd * t  # keys and values, half full
+            size = (numbers + cache) * dtype.itemsize
+            least = max(size / limit["read"], 2 * numbers * n / limit[half]["products"])
+            rows += [row(f"sampling, batch {b}{', guidance' if n > b else ''}, {half}{name}", b / step, "tokens/s",
+                         b / bare, "the bare products", memory(machine)),
+                     row("    weights and cache", size / step / 1e9, "GB/s", limit["read"] / 1e9, "reading memory"),
+                     row("    time of the last 32 tokens / of the first", sum(steps[-32:]) / sum(steps[:32]), "x")]
+            if n > b:
+                rows.append(row("    time / without guidance", step / alone, "x"))
+            else:
+                alone = step
+                rows.append(row("    rate / no cache", plain[b] / t / step, "x", plain[b] / t / least, "bytes and FLOPs"))
+    return rows
+
+
+def timed(gpt, cond, uniform, guidance, machine, products):
+    """The seconds of each token of GPT.generate but the first, and of the bare products, run after every eighth."""
+    begun, ended, bare, run = [], [], [], gpt.run
+
+    def watched(*args):
+        wait(machine)
+        ended.append(time.perf_counter())
+        if len(ended) % 8 == 0:
+            for layer, x in products:
+                layer(x)
+            wait(machine)
+            bare.append(time.perf_counter() - ended[-1])
+        begun.append(time.perf_counter())
+        return run(*args)
+    gpt.run = watched
+    gpt.generate(cond, uniform, guidance)
+    wait(machine)
+    gpt.run = run
+    return [e - b for b, e in zip(begun[1:], [*ended[2:], time.perf_counter()])], sum(bare) / len(bare)
+
+
+def make_data(cfg):
+    """Pictures and untrained networks for the real scripts to work on, in out/bench/data."""
+    data, rng = Path(cfg.out, "data"), np.random.default_rng(0)
+    shutil.rmtree(data, ignore_errors=True)
+    for folder, n in (("jpegs", cfg.jpegs), ("few", 64)):
+        (data / folder).mkdir(parents=True)
+        for i in range(n):
+            noise = Image.fromarray(rng.integers(256, size=(15, 20, 3), dtype=np.uint8))
+            noise.resize((320, 240), Image.Resampling.BICUBIC).save(data / folder / f"{i:05d}.jpg", quality=90)
+    for name, shape in CLIPS.items():
+        torch.save(clip_package()[0].CLIP(*shape).state_dict(), data / f"{name}.clip")
+    cheap = VQGANConfig(16 * cfg.grid, 16, 32, (1,), 0, (), 32, cfg.codes, 8, True)
+    for name, shape in (("toy", vqgan_shape(vqgan.Config())), ("cheap", cheap)):
+        weights = VQGAN(shape).state_dict()
+        contents = {"stage": "vqgan", "ema": weights, "network": asdict(shape), "sha256": digest(weights)}
+        torch.save(contents | {"digest": digest(contents)}, data / f"{name}.vqgan")
+
+
+def vqgan_shape(options):
+    return vqgan.check(options, types.SimpleNamespace(world=1))
+
+
+def call(script, cfg, pattern, **options):
+    """Run a script of the project -> the numbers that a pattern last finds in what it prints."""
+    options = {"device": cfg.device, "dtype": cfg.dtype} | options
+    texts = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in options.items()]
+    done = subprocess.run([sys.executable, Path(__file__).with_name(script), *texts], capture_output=True, text=True)
+    if done.returncode:
+        fail(f"{script} ended with: {(done.stderr.splitlines() or ['nothing'])[-1]}")
+    return [float(x) for x in re.findall(pattern, done.stdout)[-1]]
+
+
+def train(what, script, cfg, limit, kind, flops, count, unit, **options):
+    """Rows of a trainer's real step, by --dry_run; `flops` are those of one of the `count` tokens or pictures in it."""
+    rows = []
+    for compiled, name in kinds(cfg, limit):
+        gib, rate = call(script, cfg, r"run: (\S+) GiB at most, (\S+) steps/s", dry_run=True, compile=compiled, **options)
+        rows.append(row(f"{what}, {limit['dtype']}{name}", rate * count, unit, limit[limit["dtype"]][kind] / flops,
+                        f"the peak of {kind}", gib) | {"step": 1 / rate})
+    return rows
+
+
+def gpts(cfg, limit):
+    """train_gpt.py at the large size and the demo's. FLOPs of a token: 6 a weight, and causal attention's."""
+    data, rows, n = Path(cfg.out, "data"), [], cfg.rows or (64 if limit["device"] == "cuda" else 4)
+    large = GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)
+    for name, b, steps, shape in (("cheap", n, cfg.steps, large), ("toy", 128, 40, GPTConfig(1024, 4, 64, 4, 6, 192))):
+        call("prepare.py", cfg, r"wrote (\d+) training", data=data / "few", out=data / f"{name}_rows",
+             vqgan=data / f"{name}.vqgan", clip=data / f"{name}.clip", image_size=shape.grid * 16)
+        c, t = shape.n_embd, shape.grid ** 2
+        weights = shape.n_layer * 12 * c * c + shape.codes * c + shape.cond_dim * c / t
+        rows += train(f"GPT step, {shape.n_layer} x {c}, {b} x {t} tokens", "train_gpt.py", cfg, limit, "products",
+                      6 * (weights + shape.n_layer * c * t), b * t, "tokens/s", data=data / f"{name}_rows", batch_size=b,
+                      n_layer=shape.n_layer, n_head=shape.n_head, n_embd=c, max_steps=steps, eval_rows=1)
+    return rows
+
+
+def vqgans(cfg, limit):
+    """vqgan.py at f=16 with its discriminator, and the demo's without. FLOPs of a picture: the VQGAN's forward pass 3
+    times, CLIP's 3 (two forward, one back to the pixels), the discriminator's 7 (two forward, one back, two times two)."""
+    data, rows, n = Path(cfg.out, "data"), [], cfg.pictures or (32 if limit["device"] == "cuda" else 4)
+    large = vqgan.F16 | {"image_size": cfg.pixels, "disc_start": 0, "batch_size": n, "max_steps": cfg.steps}
+    for name, options in (("vit", large), ("toy", {"max_steps": 9})):
+        options |= {"vq_start": 0, "data": data / "jpegs", "clip": data / f"{name}.clip"}
+        c, flops = vqgan.Config(**options), 0
+        with torch.device("meta"):  # shapes alone, nothing is computed
+            net = VQGAN(vqgan_shape(c))
+            for times, run, size in ((3, lambda x: net(x, quantized=False), c.image_size),
+                                     (3, clip_package()[0].CLIP(*CLIPS[name]).visual, CLIPS[name][1]),
+                                     (7 if "disc_start" in options else 0, Discriminator(), c.image_size)):
+                with FlopCounterMode(display=False) as counter:
+                    run(torch.zeros(1, 3, size, size))
+                flops += times * counter.get_total_flops()
+        rows += train(f"VQGAN step, f={vqgan_shape(c).factor}, {c.batch_size} x {c.image_size} px", "vqgan.py", cfg, limit,
+                      "convolutions", flops, c.batch_size, "pictures/s", **options)
+    return rows
+
+
+def prepares(cfg, limit):
+    """prepare.py with the demo's networks, beside its decoding alone and its networks alone."""
+    data, machine = Path(cfg.out, "data"), Machine(cfg.device, cfg.dtype, training=False)
+    c = prepare.Config(data=cfg.photos or str(data / "jpegs"), val_percent=0.0)
+    (net, _, vcfg), clip, source = load_vqgan(data / "toy.vqgan", machine.device), \
+        load_clip(data / "toy.clip", machine.device), Pictures(c.data)
+    rate, = call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / "prepared", val_percent=0,
+                 vqgan=data / "toy.vqgan", clip=data / "toy.clip")
+    chunks = prepare.Chunks(source, source.names, c, vcfg.image_size, clip.size, c.crops)
+    begun = time.time()
+    for _, pixels, clip_pixels, _ in torch.utils.data.DataLoader(chunks, None, num_workers=c.workers, prefetch_factor=1):
+        pass
+    decoded, b = len(source.names) / (time.time() - begun), c.batch_size
+    networks = b / c.crops * rate_of(machine, lambda: prepare.rows_of(pixels[:b], clip_pixels[:b], net, clip, machine), 3)
+    shared = machine.device.type == "cpu"
+    bound = 1 / (1 / decoded + 1 / networks) if shared else min(decoded, networks)
+    return [row(f"prepare, decoding alone, {c.workers} workers", decoded, "pictures/s"),
+            row("prepare, networks alone", networks, "pictures/s", None, "", memory(machine)),
+            row("prepare, prepare.py", rate, "pictures/s", bound, "both one after the other" if shared else "the slower")]
+
+
+def batches(cfg, step):
+    """make_batches on rows that are dropped from the page cache first; asleep for as long as a training step between
+    two, while the disk fetches the next. `step`: seconds of the demo's GPT step."""
+    data, rng, arrays = Path(cfg.out, "data"), np.random.default_rng(0), []
+    n, b = cfg.mib * 2 ** 20 // 1536, 128
+    for name, width, dtype in (("cold_tokens", 256, np.uint16), ("cold_clip", 512, np.float16)):
+        with open(data / name, "wb") as f:
+            for first in range(0, n, 1 << 14):
+                f.write(rng.integers(1024, size=(min(n - first, 1 << 14), width)).astype(dtype))
+            f.flush()
+            os.fsync(f.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        arrays.append(np.memmap(data / name, dtype, "r", shape=(n, width)))
+    batch, seconds = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b)), []
+    for i in range(60):
+        begun = time.perf_counter()
+        batch(i)
+        seconds.append(time.perf_counter() - begun)
+        time.sleep(step)
+    mean = sum(seconds[10:]) / 50
+    return [row(f"batches of {b} cold rows of a {cfg.mib} MiB dump", b / mean, "rows/s"),
+            row("    their time / the demo's GPT step with them", mean / (mean + step), "x")]
+
+
+def main():
+    cfg = configure(Config)
+    begun, unknown = time.time(), set(cfg.parts.split(",")) - {"sample", "gpt", "vqgan", "prepare", "batches"}
+    if unknown:
+        fail(f"--parts={cfg.parts}: there is no part {sorted(unknown)[0]}; there are {Config.parts}")
+
+    def apart(part, *args):  # in a new process, whose memory is its own
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(part, cfg, *args).result()
+    limit, rows = apart(limits)
+    apart(make_data)
+    step = 0.1
+    for part, work in (("sample", sample), ("gpt", gpts), ("vqgan", vqgans), ("prepare", prepares)):
+        if part in cfg.parts.split(","):
+            rows += apart(work, limit)
+            step = rows[-1]["step"] if part == "gpt" else step
+    if "batches" in cfg.parts.split(","):
+        rows += apart(batches, step)
+    write_json(Path(cfg.out, "bench.json"), {"config": asdict(cfg), "rows": rows})
+    print(json.dumps(rows))
+    print(f"{time.time() - begun:.0f} s; wrote {cfg.out}/bench.json")
+
+
+if __name__ == "__main__":
+    main()
