@@ -1,8 +1,8 @@
 """How fast, and how far from what this machine can do.
 
 First the machine's own limits (matrix products, convolutions, reading memory), then each part in processes of its own:
-sampling by GPT.generate, training by the trainers' --dry_run, preparing by prepare.py, on made-up pictures and untrained
-networks. Every share is a ratio of two rates of this one run; the table ends up in out/bench/bench.json too.
+sampling by GPT.generate, training by the trainers' --dry_run, preparing by prepare.py, on made-up pictures and
+untrained networks. Every share is a ratio of two rates of this one run; out/bench/bench.json holds the table too.
     python bench.py                          # all of it; on a GPU if there is one, there with torch.compile and without
     python bench.py --parts=sample --n_layer=12"""
 import json
@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfi
 CLIPS = {"vit": (512, 224, 12, 768, 32, 77, 49408, 64, 1, 1),  # ViT-B/32 (its text side cut short), one that costs
          "cheap": (512, 32, (1, 1, 1, 1), 8, None, 24, 49408, 64, 1, 1),      # nothing, and the toy's
          "toy": (64, 64, (1, 1, 1, 1), 16, None, 24, 49408, 64, 1, 2)}
+ONE = types.SimpleNamespace(world=1)
 
 
 @dataclass
@@ -76,10 +78,8 @@ def rate_of(machine, work, seconds):
 
 def memory(machine):
     """The most this process ever held, in GiB."""
-    import resource
-    if machine.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else most) / 2 ** 30
 
 
 def row(what, rate, unit, bound=None, of="", gib=None):
@@ -123,16 +123,14 @@ def sample(cfg, limit):
     machine, t, rows, plain = Machine(cfg.device, cfg.dtype), cfg.grid ** 2, [], {}
     with machine.device:
         gpt = GPT(GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)).requires_grad_(False).eval()
-    for p in gpt.parameters():
-        if not p.any():
-            p.normal_(std=0.02)  # an untrained GPT's layers that start at zero
+    for p in (p for p in gpt.parameters() if not p.any()):  # the layers that start at zero
+        p.normal_(std=0.02)
     for b in (1, cfg.batch):  # without a cache: 8 lengths, each for an eighth of the positions
-        cond, tokens = torch.randn(b, 512, device=machine.device), torch.zeros(b, t, dtype=torch.long)
-        plain[b] = 0
+        cond, plain[b] = torch.randn(b, 512, device=machine.device), 0
         for length in range(t // 16, t, t // 8):
             begun = time.perf_counter()
             with machine.autocast():
-                gpt(cond, tokens[:, :length].to(machine.device))[:, -1].argmax(-1)
+                gpt(cond, torch.zeros(b, length, dtype=torch.long, device=machine.device))[:, -1].argmax(-1)
             wait(machine)
             plain[b] += (time.perf_counter() - begun) * t / 8
         rows.append(row(f"sampling, no cache, batch {b}, {limit['dtype']}", b * t / plain[b], "tokens/s"))
@@ -160,7 +158,7 @@ def sample(cfg, limit):
                 rows.append(row("    time / without guidance", step / alone, "x"))
             else:
                 alone = step
-                rows.append(row("    rate / no cache", plain[b] / t / step, "x", plain[b] / t / least, "bytes and FLOPs"))
+                rows.append(row("    rate / no cache", plain[b] / t / step, "x", plain[b] / t / least, "bytes, FLOPs"))
     return rows
 
 
@@ -197,14 +195,10 @@ def make_data(cfg):
     for name, shape in CLIPS.items():
         torch.save(clip_package()[0].CLIP(*shape).state_dict(), data / f"{name}.clip")
     cheap = VQGANConfig(16 * cfg.grid, 16, 32, (1,), 0, (), 32, cfg.codes, 8, True)
-    for name, shape in (("toy", vqgan_shape(vqgan.Config())), ("cheap", cheap)):
+    for name, shape in (("toy", vqgan.check(vqgan.Config(), ONE)), ("cheap", cheap)):
         weights = VQGAN(shape).state_dict()
         contents = {"stage": "vqgan", "ema": weights, "network": asdict(shape), "sha256": digest(weights)}
         torch.save(contents | {"digest": digest(contents)}, data / f"{name}.vqgan")
-
-
-def vqgan_shape(options):
-    return vqgan.check(options, types.SimpleNamespace(world=1))
 
 
 def call(script, cfg, pattern, **options):
@@ -221,7 +215,8 @@ def train(what, script, cfg, limit, kind, flops, count, unit, **options):
     """Rows of a trainer's real step, by --dry_run; `flops` are those of one of the `count` tokens or pictures in it."""
     rows = []
     for compiled, name in kinds(cfg, limit):
-        gib, rate = call(script, cfg, r"run: (\S+) GiB at most, (\S+) steps/s", dry_run=True, compile=compiled, **options)
+        gib, rate = call(script, cfg, r"run: (\S+) GiB at most, (\S+) steps/s", dry_run=True, compile=compiled,
+                         **options)
         rows.append(row(f"{what}, {limit['dtype']}{name}", rate * count, unit, limit[limit["dtype"]][kind] / flops,
                         f"the peak of {kind}", gib) | {"step": 1 / rate})
     return rows
@@ -235,30 +230,30 @@ def gpts(cfg, limit):
         call("prepare.py", cfg, r"wrote (\d+) training", data=data / "few", out=data / f"{name}_rows",
              vqgan=data / f"{name}.vqgan", clip=data / f"{name}.clip", image_size=shape.grid * 16)
         c, t = shape.n_embd, shape.grid ** 2
-        weights = shape.n_layer * 12 * c * c + shape.codes * c + shape.cond_dim * c / t
+        flops = 6 * (shape.n_layer * c * (12 * c + t) + shape.codes * c + shape.cond_dim * c / t)
         rows += train(f"GPT step, {shape.n_layer} x {c}, {b} x {t} tokens", "train_gpt.py", cfg, limit, "products",
-                      6 * (weights + shape.n_layer * c * t), b * t, "tokens/s", data=data / f"{name}_rows", batch_size=b,
-                      n_layer=shape.n_layer, n_head=shape.n_head, n_embd=c, max_steps=steps, eval_rows=1)
+                      flops, b * t, "tokens/s", data=data / f"{name}_rows", batch_size=b, n_layer=shape.n_layer,
+                      n_head=shape.n_head, n_embd=c, max_steps=steps, eval_rows=1)
     return rows
 
 
 def vqgans(cfg, limit):
     """vqgan.py at f=16 with its discriminator, and the demo's without. FLOPs of a picture: the VQGAN's forward pass 3
-    times, CLIP's 3 (two forward, one back to the pixels), the discriminator's 7 (two forward, one back, two times two)."""
+    times, CLIP's 3 (two forward, one back to the pixels), the discriminator's 7 (two forward, one back, twice two)."""
     data, rows, n = Path(cfg.out, "data"), [], cfg.pictures or (32 if limit["device"] == "cuda" else 4)
     large = vqgan.F16 | {"image_size": cfg.pixels, "disc_start": 0, "batch_size": n, "max_steps": cfg.steps}
     for name, options in (("vit", large), ("toy", {"max_steps": 9})):
         options |= {"vq_start": 0, "data": data / "jpegs", "clip": data / f"{name}.clip"}
         c, flops = vqgan.Config(**options), 0
+        shape = vqgan.check(c, ONE)
         with torch.device("meta"):  # shapes alone, nothing is computed
-            net = VQGAN(vqgan_shape(c))
-            for times, run, size in ((3, lambda x: net(x, quantized=False), c.image_size),
-                                     (3, clip_package()[0].CLIP(*CLIPS[name]).visual, CLIPS[name][1]),
+            net, clip = VQGAN(shape), clip_package()[0].CLIP(*CLIPS[name]).visual
+            for times, run, size in ((3, lambda x: net(x, quantized=False), c.image_size), (3, clip, CLIPS[name][1]),
                                      (7 if "disc_start" in options else 0, Discriminator(), c.image_size)):
                 with FlopCounterMode(display=False) as counter:
                     run(torch.zeros(1, 3, size, size))
                 flops += times * counter.get_total_flops()
-        rows += train(f"VQGAN step, f={vqgan_shape(c).factor}, {c.batch_size} x {c.image_size} px", "vqgan.py", cfg, limit,
+        rows += train(f"VQGAN step, f={shape.factor}, {c.batch_size} x {c.image_size} px", "vqgan.py", cfg, limit,
                       "convolutions", flops, c.batch_size, "pictures/s", **options)
     return rows
 
@@ -267,21 +262,22 @@ def prepares(cfg, limit):
     """prepare.py with the demo's networks, beside its decoding alone and its networks alone."""
     data, machine = Path(cfg.out, "data"), Machine(cfg.device, cfg.dtype, training=False)
     c = prepare.Config(data=cfg.photos or str(data / "jpegs"), val_percent=0.0)
-    (net, _, vcfg), clip, source = load_vqgan(data / "toy.vqgan", machine.device), \
-        load_clip(data / "toy.clip", machine.device), Pictures(c.data)
+    (net, _, vcfg), source = load_vqgan(data / "toy.vqgan", machine.device), Pictures(c.data)
+    clip = load_clip(data / "toy.clip", machine.device)
     rate, = call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / "prepared", val_percent=0,
                  vqgan=data / "toy.vqgan", clip=data / "toy.clip")
     chunks = prepare.Chunks(source, source.names, c, vcfg.image_size, clip.size, c.crops)
     begun = time.time()
-    for _, pixels, clip_pixels, _ in torch.utils.data.DataLoader(chunks, None, num_workers=c.workers, prefetch_factor=1):
+    loader = torch.utils.data.DataLoader(chunks, None, num_workers=c.workers, prefetch_factor=1)
+    for _, a, b, _ in loader:
         pass
-    decoded, b = len(source.names) / (time.time() - begun), c.batch_size
-    networks = b / c.crops * rate_of(machine, lambda: prepare.rows_of(pixels[:b], clip_pixels[:b], net, clip, machine), 3)
+    decoded, a, b = len(source.names) / (time.time() - begun), a[:c.batch_size], b[:c.batch_size]
+    networks = len(a) / c.crops * rate_of(machine, lambda: prepare.rows_of(a, b, net, clip, machine), 3)
     shared = machine.device.type == "cpu"
     bound = 1 / (1 / decoded + 1 / networks) if shared else min(decoded, networks)
     return [row(f"prepare, decoding alone, {c.workers} workers", decoded, "pictures/s"),
             row("prepare, networks alone", networks, "pictures/s", None, "", memory(machine)),
-            row("prepare, prepare.py", rate, "pictures/s", bound, "both one after the other" if shared else "the slower")]
+            row("prepare, prepare.py", rate, "pictures/s", bound, "the sum of both" if shared else "the slower one")]
 
 
 def batches(cfg, step):
@@ -295,8 +291,7 @@ def batches(cfg, step):
                 f.write(rng.integers(1024, size=(min(n - first, 1 << 14), width)).astype(dtype))
             f.flush()
             os.fsync(f.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         arrays.append(np.memmap(data / name, dtype, "r", shape=(n, width)))
     batch, seconds = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b)), []
     for i in range(60):

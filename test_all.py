@@ -4,6 +4,8 @@ Networks first, each equality after every zero-initialised tensor has been fille
 because it is nought; then files and the config line; then every stage through its real command line, on a world of a
 few dozen drawings; then every mistake a user can make."""
 import contextlib
+import copy
+import dataclasses
 import io
 import json
 import math
@@ -1407,6 +1409,100 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
         assert "evil.pt" in command(HERE / args[0], *args[1:], cwd=tmp_path, ok=2).stderr
     assert not (tmp_path / "owned").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- speed
+
+
+def forced_logits(model, cond, tokens, guidance=1.0):
+    """The logits (B, T, K) of cached sampling when it is made to write these tokens."""
+    seen = []
+    model.decode_logits(cond, lambda i, logits: (seen.append(logits), tokens[:, i])[1], guidance)
+    return torch.stack(seen, 1)
+
+
+@pytest.mark.parametrize("classic, guidance", [(False, 1.0), (False, 2.0), (True, 1.0)])
+def test_packed_sampling_is_the_same_network(classic, guidance):
+    model = tiny_gpt(classic)
+    cond, tokens = model.condition(some(3, 24)), tokens_for(model, 3)
+    exact = forced_logits(model, cond, tokens, guidance)
+    assert torch.equal(forced_logits(copy.deepcopy(model).pack(torch.float32), cond, tokens, guidance), exact)
+    half = copy.deepcopy(model).pack(torch.bfloat16)
+    off = (forced_logits(half, cond, tokens, guidance) - exact).norm() / exact.norm()
+    assert 0 < off < 0.02 * guidance  # the tolerance of bfloat16, whose numbers have 8 bits
+    assert half.blocks[0].qkv.weight.dtype == torch.bfloat16
+    alone = torch.cat([forced_logits(half, c[None], t[None], guidance) for c, t in zip(cond, tokens)])
+    assert (alone - exact).norm() < 0.02 * guidance * exact.norm()
+
+
+@pytest.mark.parametrize("classic", CLASSIC)
+def test_sampling_in_shapes_that_stay(classic):
+    model = tiny_gpt(classic)
+    cond, tokens = model.condition(some(3, 24)), tokens_for(model, 3)
+    exact = forced_logits(model, cond, tokens)
+    model.static = True
+    assert (forced_logits(model, cond, tokens) - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_reading_ahead_changes_no_batch(tmp_path):
+    write_dump(tmp_path / "d")
+    tokens, clip = train_gpt.open_dump(tmp_path / "d")[1]["train"]
+    cfg = train_gpt.Config(batch_size=16)
+    on_disk, in_memory = (train_gpt.make_batches(*rows, cfg) for rows in ((tokens, clip), map(np.array, (tokens, clip))))
+    for step in (0, 1, 2, 2, 7, 3, 4):  # in order, again, ahead and back
+        assert all(torch.equal(a, b) for a, b in zip(on_disk(step), in_memory(step)))
+
+
+def resident():
+    """Bytes of memory that belong to this process alone."""
+    pages = Path("/proc/self/statm").read_text().split()
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def grows(tmp_path, steps):
+    """How many bytes memory grows over that many batches, after a tenth as many."""
+    write_dump(tmp_path / "d")
+    batch = train_gpt.make_batches(*train_gpt.open_dump(tmp_path / "d")[1]["train"], train_gpt.Config(batch_size=2))
+    for step in range(steps // 10):
+        batch(step)
+    before = resident()
+    for step in range(steps // 10, steps):
+        batch(step)
+    return resident() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_memory_is_flat_over_batches(tmp_path):
+    assert grows(tmp_path, 5000) < 2 ** 20
+
+
+@slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_slow_memory_is_flat_over_100_000_batches(tmp_path):
+    assert grows(tmp_path, 100_000) < 2 ** 20
+
+
+def test_bench_times_sampling_and_refuses_unknown_parts(tmp_path, capsys):
+    import bench
+    cfg = bench.Config(n_layer=2, n_head=4, n_embd=64, grid=4, codes=48, batch=2)
+    peak = {"products": 1e11, "convolutions": 1e11}
+    limit = {"device": "cpu", "dtype": "float32", "read": 1e10, "float32": peak, "bfloat16": peak}
+    rows = {r["what"]: r for r in bench.sample(dataclasses.replace(cfg, device="cpu", dtype="float32"), limit)}
+    for b in (1, 2):
+        assert 0 < rows[f"sampling, batch {b}, float32"]["share"] < 1.5
+        assert rows[f"sampling, no cache, batch {b}, float32"]["rate"] > 0
+    assert "sampling" in capsys.readouterr().out
+    assert "there is no part dance" in command(HERE / "bench.py", "--parts=gpt,dance", cwd=tmp_path, ok=2).stderr
+
+
+@slow
+def test_slow_bench_in_miniature(tmp_path):
+    command(HERE / "bench.py", "--n_layer=2", "--n_head=4", "--n_embd=64", "--grid=4", "--codes=64", "--batch=2",
+            "--pixels=32", "--pictures=1", "--jpegs=32", "--mib=4", cwd=tmp_path)
+    rows = json.loads((tmp_path / "out/bench/bench.json").read_text())["rows"]
+    assert all(any(r["what"].startswith(w) for r in rows) for w in
+               ("limits", "sampling", "GPT step", "VQGAN step", "prepare", "batches"))
+    assert all(r["rate"] > 0 and (r["share"] or 1) > 0 for r in rows)
 
 
 if __name__ == "__main__":
