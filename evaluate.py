@@ -298,12 +298,12 @@ def plot(path, title, xlabel, lines):
         pen.text((8, at(0, y)[1] - 8), f"{y:.0%}", fill="black", font=font)
     for x in sorted(set(xs)):
         pen.text((at(x, low)[0] - 8, h - 45), f"{x:g}", fill="black", font=font)
-    for (name, points), colour in zip(lines.items(), colours):
+    for i, ((name, points), colour) in enumerate(zip(lines.items(), colours)):
         pen.line([at(x, y) for x, y, _, _ in points], fill=colour, width=2)
         for x, y, a, b in points:
             pen.line([at(x, a), at(x, b)], fill=colour)
             pen.ellipse([at(x, y)[0] - 3, at(x, y)[1] - 3, at(x, y)[0] + 3, at(x, y)[1] + 3], fill=colour)
-        pen.text((w - 140, at(0, points[-1][1])[1] - 8), name, fill=colour, font=font)
+        pen.text((w - 130, top + 18 * i), name, fill=colour, font=font)
     with whole(path) as f:
         sheet.save(f)
 
