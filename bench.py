@@ -208,7 +208,7 @@ def call(script, cfg, pattern, **options):
     done = subprocess.run([sys.executable, Path(__file__).with_name(script), *texts], capture_output=True, text=True)
     if done.returncode:
         fail(f"{script} ended with: {(done.stderr.splitlines() or ['nothing'])[-1]}")
-    return [float(x) for x in re.findall(pattern, done.stdout)[-1]]
+    return [float(x) for x in list(re.finditer(pattern, done.stdout))[-1].groups()]
 
 
 def train(what, script, cfg, limit, kind, flops, count, unit, **options):
@@ -301,7 +301,7 @@ def batches(cfg, step):
         time.sleep(step)
     mean = sum(seconds[10:]) / 50
     return [row(f"batches of {b} cold rows of a {cfg.mib} MiB dump", b / mean, "rows/s"),
-            row("    their time / the demo's GPT step with them", mean / (mean + step), "x")]
+            row("    their time / the demo's GPT step and them", mean / (mean + step), "x")]
 
 
 def main():

@@ -1448,7 +1448,8 @@ def test_reading_ahead_changes_no_batch(tmp_path):
     write_dump(tmp_path / "d")
     tokens, clip = train_gpt.open_dump(tmp_path / "d")[1]["train"]
     cfg = train_gpt.Config(batch_size=16)
-    on_disk, in_memory = (train_gpt.make_batches(*rows, cfg) for rows in ((tokens, clip), map(np.array, (tokens, clip))))
+    on_disk = train_gpt.make_batches(tokens, clip, cfg)
+    in_memory = train_gpt.make_batches(np.array(tokens), np.array(clip), cfg)
     for step in (0, 1, 2, 2, 7, 3, 4):  # in order, again, ahead and back
         assert all(torch.equal(a, b) for a, b in zip(on_disk(step), in_memory(step)))
 
