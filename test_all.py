@@ -1130,12 +1130,12 @@ def outcome(stage, folder):
 def kill_and_go_on(world, tmp_path, stage, kills, seed):
     """Killed by the system at random moments of its life, the same command again ends with what an uninterrupted run
     leaves, bit for bit, the log with every line once, and no temporary file."""
-    d, rng = world[0], np.random.default_rng(seed)
+    d, rng, said = world[0], np.random.default_rng(seed), tmp_path / "said"
 
     def run(folder):
         args = [a.format(folder) for a in STAGES[stage][0]]
         return subprocess.Popen([sys.executable, str(HERE / args[0]), *args[1:]], cwd=d, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(HERE)})
+                                stderr=said.open("w"), env=os.environ | {"PYTHONPATH": str(HERE)})
     begun = time.time()
     assert run(tmp_path / "whole").wait() == 0
     length, left = time.time() - begun, kills
@@ -1143,7 +1143,7 @@ def kill_and_go_on(world, tmp_path, stage, kills, seed):
         child, until = run(tmp_path / "killed"), rng.uniform(0.3, 1) * length
         try:
             child.wait(until if left else 240)
-            assert child.returncode == 0
+            assert child.returncode == 0, said.read_text()
             if not left:
                 break
         except subprocess.TimeoutExpired:
