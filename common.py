@@ -20,6 +20,7 @@ import time
 import types
 import typing
 import urllib.request
+import weakref
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -340,7 +341,8 @@ def whole(path):
 
 
 def lock(folder, machine):
-    """Refuse to work in a folder that another run is working in. The lock ends with the process, however that ends."""
+    """Refuse to work in a folder that another run is working in. The lock ends with the process, however that ends: its
+    worker processes, which can live on for seconds after a kill, let go of it at birth."""
     if machine.rank > 0 or fcntl is None:
         return None
     try:
@@ -352,6 +354,8 @@ def lock(folder, machine):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         fail(f"another run is working in {folder}; wait for it, or choose another folder with --out")
+    mine = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: mine() and mine().close())
     return file
 
 

@@ -1188,6 +1188,18 @@ def test_a_folder_in_use_is_refused(world, tmp_path):
     held.close()
 
 
+def test_a_lock_ends_with_its_process_though_a_worker_lives_on(tmp_path):
+    code = ("import os, sys, time, types, common; kept = common.lock(sys.argv[1], types.SimpleNamespace(rank=0)); "
+            "os.fork() or (os.close(1), os.close(2), time.sleep(20)); os._exit(0)")
+    machine = types.SimpleNamespace(rank=0)
+    command("-c", code, tmp_path / "run", cwd=tmp_path)
+    common.lock(tmp_path / "run", machine)  # the child sleeps on, the lock is free
+    with pytest.raises(SystemExit):
+        kept = common.lock(tmp_path / "busy", machine)
+        common.lock(tmp_path / "busy", machine)
+    assert kept
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(world, tmp_path):
     """Files may grow to 100 kB and no further, as on a disk that is full."""
     d, _ = world
