@@ -5,6 +5,7 @@ else, says what a picture shows. It judges true held-out drawings and their reco
 generator behind this VQGAN could do. On other data a CLIP judges, better another one than the GPT was trained with
 (--judge). With --controls the same GPT is trained twice more, on the captions' embeddings and on nothing; with
 --optimise the paper's opponent draws too: a search for latents whose picture CLIP likes."""
+import contextlib
 import math
 import subprocess
 import sys
@@ -145,6 +146,15 @@ def draw(nets, embeddings, keys, n, options, machine, cfg, modality="text"):
     cond = gpt.condition(embeddings, modality).repeat_interleave(n, 0)                 # (P*n, D)
     uniform = torch.cat([sample.uniforms(cfg.seed, key, n, gpt.cfg.grid ** 2) for key in keys])
     return as_pixels(torch.stack(sample.draw(gpt, vqgan, cond, uniform, options, machine, cfg.batch_size)[0]))
+
+
+def read_some(source, names, size, most=2000):
+    """Centre crops of the first readable pictures, uint8 (N, size, size, 3)."""
+    pictures = []
+    for name in names[:most]:
+        with contextlib.suppress(OSError, ValueError):
+            pictures.append(crop(source.open(name, size), size))
+    return np.array(pictures)
 
 
 def as_pixels(x):
@@ -332,8 +342,9 @@ def main():
         if len(prompts) < 2:
             fail(f"{cfg.texts} holds {len(prompts)} prompts; two or more are needed, one a line")
         source = Pictures(cfg.data)
-        train, held = (np.stack([crop(source.open(name, vqgan.cfg.image_size), vqgan.cfg.image_size) for name in names])
-                       for names in (some[:2000] for some in split_names(source.names, 10.0)))
+        train, held = (read_some(source, names, vqgan.cfg.image_size) for names in split_names(source.names, 10.0))
+        if min(len(train), len(held)) < 4:
+            fail(f"{cfg.data} has {len(train)} + {len(held)} pictures that can be read, too few to compare with")
         judge, wanted, groups, rows, train_rows = None, None, range(len(held)), None, None
 
     @torch.no_grad()

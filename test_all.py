@@ -1361,7 +1361,8 @@ BAD = [
     ("sample.py word --vqgan=other/vqgan.pt", "another VQGAN"), ("sample.py --image=nowhere.png", "nowhere.png"),
     ("sample.py --image=rotten/a.png", "rotten/a.png"), ("sample.py word --clip=other/clip.pt", "another CLIP"),
     ("sample.py word --top_p=2", "from 0 to 1"), ("sample.py word --out=x.txt", ".png"),
-    ("evaluate.py --data=empty", "no toy world"), ("toy.py --data=empty --out=out/x", "no toy world"),
+    ("evaluate.py --data=empty", "no toy world"), ("evaluate.py --data=rotten --texts=nowhere.txt", "nowhere.txt"),
+    ("toy.py --data=empty --out=out/x", "no toy world"),
     ("toy.py --seed=5 --out=out/x", "seed"),
 ]
 
