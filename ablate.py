@@ -20,8 +20,7 @@ import torch
 
 import evaluate
 import sample
-from common import Count, Machine, configure, fail, load_clip, load_gpt, load_vqgan, write_json
-from prepare import GENERIC
+from common import Count, Machine, configure, fail, load_clip, load_gpt, load_vqgan, whole, write_json
 from toy import COLOURS, OBJECTS
 
 
@@ -38,48 +37,55 @@ class Config:
     jobs: Count = 2                     # runs at a time, on one thread each
 
 
-VARIANTS = {  # name: (options of prepare.py, options of train_gpt.py)
-    "reference": ([], []),
-    "classic (2022)": ([], ["--classic=True", "--noise=0"]),
-    "without RMSNorm (LayerNorm)": ([], ["--without=rmsnorm"]),
-    "without leaving out biases": ([], ["--without=no_bias"]),
-    "without normalised queries and keys": ([], ["--without=qk_norm"]),
-    "without ReLU² (GELU)": ([], ["--without=relu2"]),
-    "without 2-D rotary positions (learned)": ([], ["--without=rope"]),
-    "without zero-initialised outputs": ([], ["--without=zero_init"]),
-    "noise 0": ([], ["--noise=0"]),
-    "noise 0.25": ([], ["--noise=0.25"]),
-    "noise 1": ([], ["--noise=1"]),
-    "noise 2": ([], ["--noise=2"]),
-    "not centred": ([], ["--center=False"]),
-    "embedding-reconstruction loss 0.1": ([], ["--recon=0.1"]),
-    "1 crop a picture": (["--crops=1"], []),
-    "4 crops a picture": (["--crops=4"], []),
+VARIANTS = {  # name: (options of vqgan.py, of prepare.py, of train_gpt.py)
+    "reference": ([], [], []),
+    "classic (2022)": ([], [], ["--classic=True", "--muon=False", "--learning_rate=3e-3"]),
+    "AdamW for Muon": ([], [], ["--muon=False", "--learning_rate=3e-3"]),
+    "without RMSNorm (LayerNorm)": ([], [], ["--without=rmsnorm"]),
+    "without leaving out biases": ([], [], ["--without=no_bias"]),
+    "without normalised queries and keys": ([], [], ["--without=qk_norm"]),
+    "without ReLU² (GELU)": ([], [], ["--without=relu2"]),
+    "without 2-D rotary positions (learned)": ([], [], ["--without=rope"]),
+    "without zero-initialised outputs": ([], [], ["--without=zero_init"]),
+    "noise 0": ([], [], ["--noise=0"]),
+    "noise 0.25": ([], [], ["--noise=0.25"]),
+    "noise 1": ([], [], ["--noise=1"]),
+    "noise 2": ([], [], ["--noise=2"]),
+    "spread 0": ([], [], ["--spread=0"]),
+    "spread 3": ([], [], ["--spread=3"]),
+    "not centred": ([], [], ["--center=False"]),
+    "no wrong tokens to read": ([], [], ["--corrupt=0"]),
+    "a fifth of the tokens read wrong": ([], [], ["--corrupt=0.2"]),
+    "embedding-reconstruction loss 0.1": ([], [], ["--recon=0.1"]),
+    "1 crop a picture": ([], ["--crops=1"], []),
+    "4 crops a picture": ([], ["--crops=4"], []),
+    "256 codes": (["--codes=256"], [], []),
+    "4096 codes": (["--codes=4096"], [], []),
+    "8 x 8 tokens": (["--ch_mult=1,2"], [], []),
 }
 
 
-def stage(cfg, name, words):
-    """Run a stage on one thread; returns what it said."""
+def stage(name, words, threads=1):
+    """Run a stage; returns what it said."""
     path = Path(__file__).with_name(name)
     done = subprocess.run([sys.executable, path, *words], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         fail(f"{name} {' '.join(words)} failed: {done.stderr[-300:]}")
     return done.stdout
 
 
-def match(cfg, path, judge, vqgan, clip, gap):
+def match(cfg, path, judge, clip, machine, gap):
     """Share of right object and colour, all pairs and unseen ones, of n pictures of each prompt at guidance 2 (a
     classic GPT: 1), the texts' embeddings moved by a constant vector of length `gap`."""
-    machine = Machine("cpu", "float32", training=False)
     gpt, checkpoint = load_gpt(path, machine.device)
+    vqgan = load_vqgan(checkpoint["vqgan"], machine.device)[0]
     options = sample.settings(sample.Config(), gpt, checkpoint) | {"top_k": 0, "top_p": 1.0}
-    if gap and gpt.means[1].any():
-        gpt.means[1] = evaluate.shifted(clip.text(GENERIC), gap).mean(0)
-    wanted = [{"colour": c, "object": o} for c in COLOURS for o in OBJECTS]
-    prompts = [f"a {w['colour']} {w['object']}" for w in wanted]
+    wanted, prompts = evaluate.toy_prompts()
     texts = clip.text(prompts)
-    texts = evaluate.shifted(texts, gap) if gap else texts
+    if gap:
+        evaluate.move_mean(gpt, clip, gap)
+        texts = evaluate.shifted(texts, gap)
     made = evaluate.draw((gpt, vqgan), texts, prompts, cfg.n, options, machine, evaluate.Config())
     found = evaluate.match(judge, made, [w for w in wanted for _ in range(cfg.n)], machine)
     return found["both"]["share"], found["unseen"]["share"]
@@ -89,21 +95,25 @@ def main():
     cfg = configure(Config)
     torch.set_num_threads(1)
     machine = Machine("cpu", "float32", training=False)
-    vqgan, clip = load_vqgan(f"{cfg.models}/vqgan.pt", "cpu")[0], load_clip(f"{cfg.models}/clip.pt")
+    clip = load_clip(f"{cfg.models}/clip.pt")
     judge = evaluate.get_judge(evaluate.Config(data=cfg.data, out=cfg.models), machine)
     parts = cfg.only.split(",")
     chosen = {k: v for k, v in VARIANTS.items() if k == "reference" or any(part in k for part in parts)}
     slug = {name: re.sub(r"\W+", "-", name).strip("-") for name in chosen}
 
     def options(name):
-        """The options of train_gpt.py for a row, its dump made first if that is another."""
-        prepare, words = chosen[name]
-        dump = cfg.dump
-        if prepare:
+        """The options of train_gpt.py for a row, its VQGAN and its dump made first if those are others."""
+        tokenizer, prepare, words = chosen[name]
+        vqgan, dump = f"{cfg.models}/vqgan.pt", cfg.dump
+        if tokenizer:
+            vqgan = f"{cfg.out}/vqgan-{slug[name]}/vqgan.pt"
+            stage("vqgan.py", [f"--data={cfg.data}/train", f"--clip={cfg.models}/clip.pt",
+                               f"--out={Path(vqgan).parent}", *tokenizer], threads=cfg.jobs)
+        if tokenizer or prepare:
             dump = f"{cfg.out}/dump-{slug[name]}"
-            stage(cfg, "prepare.py", [f"--data={cfg.data}/train", f"--vqgan={cfg.models}/vqgan.pt",
-                                      f"--clip={cfg.models}/clip.pt", f"--out={dump}", *prepare])
-        return [f"--data={dump}", f"--vqgan={cfg.models}/vqgan.pt", *words]
+            stage("prepare.py", [f"--data={cfg.data}/train", f"--vqgan={vqgan}", f"--clip={cfg.models}/clip.pt",
+                                 f"--out={dump}", *prepare], threads=cfg.jobs)
+        return [f"--data={dump}", f"--vqgan={vqgan}", *words]
 
     words = {name: options(name) for name in chosen}
     known = Path(cfg.out, "speed.json")
@@ -112,7 +122,7 @@ def main():
     rates = {name: [] for name in ["reference", *new]}
     for _ in range(3 if new else 0):  # in turn, so that a slow moment of the machine hits all alike
         for name in rates:
-            said = stage(cfg, "train_gpt.py", [*words[name], f"--out={cfg.out}/dry", "--dry_run=True"])
+            said = stage("train_gpt.py", [*words[name], f"--out={cfg.out}/dry", "--dry_run=True"])
             rates[name].append(float(re.search(r"([\d.e+]+) steps/s", said)[1]))
     speed |= {name: statistics.median(rates[name]) / statistics.median(rates["reference"]) for name in new}
     write_json(known, speed)
@@ -123,11 +133,11 @@ def main():
         seed, name = job
         out, steps = f"{cfg.out}/{slug[name]}-{seed}", round(cfg.max_steps * speed[name] / 10) * 10
         if not Path(out, "gpt.pt").exists():
-            stage(cfg, "train_gpt.py", [*words[name], f"--out={out}", f"--seed={seed}", f"--max_steps={steps}",
-                                        f"--eval_every={steps}"])
+            stage("train_gpt.py", [*words[name], f"--out={out}", f"--seed={seed}", f"--max_steps={steps}",
+                                   f"--eval_every={steps}"])
         losses = re.findall(r'"val_loss": ([\d.]+)', Path(out, "gpt.jsonl").read_text())
         with judging:
-            plain, moved = (match(cfg, f"{out}/gpt.pt", judge, vqgan, clip, gap) for gap in (0.0, 0.8))
+            plain, moved = (match(cfg, f"{out}/gpt.pt", judge, clip, machine, gap) for gap in (0.0, 0.8))
         print(f"{name}, seed {seed}: validation loss {losses[-1]}, right {plain[0]:.1%}, moved by 0.8 {moved[0]:.1%}",
               flush=True)
         return {"name": name, "seed": seed, "steps": steps, "val_loss": float(losses[-1]), "both": plain[0],
@@ -148,8 +158,10 @@ def main():
             cells.append(f"{statistics.mean(values):.{3 if key == 'val_loss' else 1}f}{spread}")
         lines.append(f"| {name} | {mine[-1]['steps']} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
-    Path(cfg.out, "ablations.md").write_text("\n".join(lines) + "\n")
-    write_json(Path(cfg.out, "ablations.json"), {"runs": runs, "speed": speed, "pictures": cfg.n * 96})
+    with whole(Path(cfg.out, "ablations.md")) as f:
+        f.write_text("\n".join(lines) + "\n")
+    pictures = cfg.n * len(COLOURS) * len(OBJECTS)
+    write_json(Path(cfg.out, "ablations.json"), {"runs": runs, "speed": speed, "pictures": pictures})
     noise = [(0.5 if n == "reference" else float(n.split()[1]), n) for n in chosen if n == "reference" or "noise" in n]
     points = {key: [(x, sum(r[key] for r in runs if r["name"] == n) / cfg.seeds,
                      min(r[key] for r in runs if r["name"] == n), max(r[key] for r in runs if r["name"] == n))

@@ -226,14 +226,15 @@ def gpts(cfg, limit):
     """train_gpt.py at the large size and the demo's. FLOPs of a token: 6 a weight, and causal attention's."""
     data, rows, n = Path(cfg.out, "data"), [], cfg.rows or (64 if limit["device"] == "cuda" else 4)
     large = GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)
-    for name, b, steps, shape in (("cheap", n, cfg.steps, large), ("toy", 128, 40, GPTConfig(1024, 4, 64, 4, 6, 192))):
+    for name, b, steps, muon, shape in (("cheap", n, cfg.steps, False, large),  # by AdamW, as the presets
+                                        ("toy", 128, 40, True, GPTConfig(1024, 4, 64, 4, 6, 192))):
         call("prepare.py", cfg, r"wrote (\d+) training", data=data / "few", out=data / f"{name}_rows",
              vqgan=data / f"{name}.vqgan", clip=data / f"{name}.clip", image_size=shape.grid * 16)
         c, t = shape.n_embd, shape.grid ** 2
         flops = 6 * (shape.n_layer * c * (12 * c + t) + shape.codes * c + shape.cond_dim * c / t)
         rows += train(f"GPT step, {shape.n_layer} x {c}, {b} x {t} tokens", "train_gpt.py", cfg, limit, "products",
                       flops, b * t, "tokens/s", data=data / f"{name}_rows", batch_size=b, n_layer=shape.n_layer,
-                      n_head=shape.n_head, n_embd=c, max_steps=steps, eval_rows=1)
+                      n_head=shape.n_head, n_embd=c, max_steps=steps, muon=muon, eval_rows=1)
     return rows
 
 

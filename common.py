@@ -295,13 +295,14 @@ def orthogonal(x, steps=5):
     on that small square side, and the long one is passed over twice in all instead of twice a step."""
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT, steps).mT.contiguous()
-    x = x.float() / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7)
-    a, eye = x @ x.mT, torch.eye(x.shape[1], device=x.device)                            # (n, rows, rows)
-    product = eye
+    x, eye = x.float(), torch.eye(x.shape[1], device=x.device)
+    scale = 1 / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)                                # (n, 1, 1)
+    a = x @ x.mT * scale ** 2                                                            # (n, rows, rows)
     for i in range(steps):
-        p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a
-        product = p @ product if i else p
-        a = p @ a @ p
+        p = torch.baddbmm(3.4445 * eye - 4.7750 * a, a, a, alpha=2.0315)
+        product = p @ product if i else p * scale
+        if i < steps - 1:
+            a = p @ a @ p
     return product @ x
 
 
@@ -849,6 +850,17 @@ class Pictures:
         return picture
 
 
+def centre_crops(source, names, size, most):
+    """Centre crops of the first readable pictures, at most `most`: uint8 (N, size, size, 3)."""
+    pictures = []
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            pictures.append(crop(source.open(name, size), size))
+        if len(pictures) == most:
+            break
+    return np.array(pictures)
+
+
 def split_names(names, percent):
     """Names -> (those to train on, those held out for validation), in their order."""
     out = [held_out(name, percent) for name in names]
@@ -895,6 +907,13 @@ def crop(picture, size, zoom=1.0, x=0.5, y=0.5, flip=False):
 def to_tensor(pixels):
     """uint8 (..., H, W, 3) -> float (..., 3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(pixels)).movedim(-1, -3).float() / 255
+
+
+def resized(pixels, size):
+    """Pictures (B, 3, S, S) -> (B, 3, size, size), bicubic; those that have that size already as they are."""
+    if pixels.shape[-1] == size:
+        return pixels
+    return torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
 
 
 def to_image(x):

@@ -5,7 +5,6 @@ else, says what a picture shows. It judges true held-out drawings and their reco
 generator behind this VQGAN could do. On other data a CLIP judges, better another one than the GPT was trained with
 (--judge). With --controls the same GPT is trained twice more, on the captions' embeddings and on nothing; with
 --optimise the paper's opponent draws too: a search for latents whose picture CLIP likes."""
-import contextlib
 import math
 import subprocess
 import sys
@@ -21,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import sample
 from common import (AutoAmount, AutoShare, AutoWhole, Amount, Count, Device, Dtype, Machine, Pictures, Progress, Share,
-                    Whole, configure, crop, digest, fail, file_sha256, learning_rate, load_clip, load_gpt, save_grid,
-                    split_names, to_image, to_tensor, whole, write_json)
+                    Whole, centre_crops, configure, crop, digest, fail, file_sha256, learning_rate, load_clip, load_gpt,
+                    save_grid, split_names, to_image, to_tensor, whole, write_json)
 from prepare import GENERIC
 from toy import BACKGROUNDS, COLOURS, OBJECTS, SIZES, UNSEEN, read_world
 from train_gpt import open_dump
@@ -59,7 +58,8 @@ ATTRIBUTES = {"object": OBJECTS, "colour": tuple(COLOURS), "background": tuple(B
 
 
 class Judge(nn.Module):
-    """A small convolutional classifier, pictures (B, 3, 32, 32) in [0, 1] -> a row of logits for each attribute."""
+    """A small convolutional classifier, pictures (B, 3, S, S) in [0, 1], seen at 32 x 32 -> a row of logits for each
+    attribute."""
 
     def __init__(self):
         super().__init__()
@@ -71,14 +71,17 @@ class Judge(nn.Module):
         self.body = nn.Sequential(*body, nn.Flatten(), nn.Linear(c * 16, 256), nn.ReLU())
         self.heads = nn.ModuleDict({name: nn.Linear(256, len(options)) for name, options in ATTRIBUTES.items()})
 
+    def features(self, x):
+        return self.body(shrunk(x, 32))                                                # (B, 256)
+
     def forward(self, x):
-        h = self.body(x)                                                               # (B, 256)
+        h = self.features(x)
         return {name: head(h) for name, head in self.heads.items()}
 
 
-def judged(pictures):
-    """uint8 (N, S, S, 3) -> the judge's input (N, 3, 32, 32)."""
-    return F.interpolate(to_tensor(pictures), size=(32, 32), mode="bilinear", antialias=True)
+def shrunk(pixels, side):
+    """Pictures (B, 3, S, S) -> (B, 3, side, side)."""
+    return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
 
 
 def get_judge(cfg, machine):
@@ -103,7 +106,7 @@ def get_judge(cfg, machine):
     for step in range(cfg.judge_steps):
         index = np.random.default_rng((0, step)).integers(len(rows), size=128)
         opt.param_groups[0]["lr"] = learning_rate(step, 2e-3, 20, cfg.judge_steps)
-        logits = judge(judged(pictures[index]).to(machine.device))
+        logits = judge(to_tensor(pictures[index]).to(machine.device))
         loss = sum(F.cross_entropy(logits[k], labels[k][index].to(machine.device)) for k in labels)
         opt.zero_grad()
         loss.backward()
@@ -119,12 +122,10 @@ def match(judge, pictures, wanted, machine):
     """Shares of pictures, uint8 (N, S, S, 3), in which the judge sees what is wanted, a dict of attributes for each:
     each attribute over the pictures that ask for it, "both", object and colour, and "unseen", that for the pairs that
     neither VQGAN nor GPT ever saw."""
-    right = {name: [] for name in ATTRIBUTES}
-    for first in range(0, len(pictures), 256):
-        logits = judge(judged(pictures[first:first + 256]).to(machine.device))
-        for name, options in ATTRIBUTES.items():
-            right[name] += [options[i] == w[name] if name in w else None for i, w in
-                            zip(logits[name].argmax(1).tolist(), wanted[first:first + 256])]
+    right = {}
+    seen = in_parts(lambda x: torch.stack([row.argmax(1) for row in judge(x.to(machine.device)).values()], 1), pictures)
+    for (name, options), column in zip(ATTRIBUTES.items(), seen.T.tolist()):                   # seen (N, attributes)
+        right[name] = [options[i] == w[name] if name in w else None for i, w in zip(column, wanted)]
     right["both"] = [o and c for o, c in zip(right["object"], right["colour"])]
     right["unseen"] = [b for b, w in zip(right["both"], wanted) if (w["colour"], w["object"]) in UNSEEN]
     return {name: share([r for r in hits if r is not None]) for name, hits in right.items()}
@@ -148,33 +149,29 @@ def draw(nets, embeddings, keys, n, options, machine, cfg, modality="text"):
     return as_pixels(torch.stack(sample.draw(gpt, vqgan, cond, uniform, options, machine, cfg.batch_size)[0]))
 
 
-def read_some(source, names, size, most=2000):
-    """Centre crops of the first readable pictures, uint8 (N, size, size, 3)."""
-    pictures = []
-    for name in names[:most]:
-        with contextlib.suppress(OSError, ValueError):
-            pictures.append(crop(source.open(name, size), size))
-    return np.array(pictures)
-
-
 def as_pixels(x):
     """(N, 3, S, S) in [-1, 1] -> uint8 (N, S, S, 3), rounded as a saved picture is."""
     return np.stack([np.asarray(to_image(p)) for p in x])
 
 
 @torch.no_grad()
+def in_parts(function, pictures, size=0):
+    """function(float (n, 3, S, S) in [0, 1]) of all pictures, uint8 (N, S, S, 3), 64 at a time, under each other; with
+    `size`, of their centre crops of that side."""
+    if size:
+        pictures = np.stack([crop(Image.fromarray(p), size) for p in pictures])
+    return torch.cat([function(to_tensor(part)) for part in np.array_split(pictures, 1 + len(pictures) // 64)])
+
+
 def reconstructions(vqgan, pictures, machine):
-    fitting = np.stack([crop(Image.fromarray(p), vqgan.cfg.image_size) for p in pictures])
-    return as_pixels(torch.cat([vqgan.decode(vqgan.encode(to_tensor(part).to(machine.device) * 2 - 1)).cpu()
-                                for part in np.array_split(fitting, 1 + len(pictures) // 64)]))
+    """uint8 (N, S, S, 3) -> what the VQGAN makes of them, uint8 (N, S, S, 3)."""
+    return as_pixels(in_parts(lambda x: vqgan.decode(vqgan.encode(x.to(machine.device) * 2 - 1)).cpu(), pictures,
+                              vqgan.cfg.image_size))
 
 
-@torch.no_grad()
 def clip_embeddings(clip, pictures):
     """uint8 (N, S, S, 3) -> unit embeddings (N, D)."""
-    fitting = np.stack([crop(Image.fromarray(p), clip.size) for p in pictures])
-    return torch.cat([clip.image(to_tensor(part).to(clip.device))
-                      for part in np.array_split(fitting, 1 + len(fitting) // 64)])
+    return in_parts(lambda x: clip.image(x.to(clip.device)), pictures, clip.size)
 
 
 @torch.no_grad()
@@ -182,6 +179,18 @@ def shifted(embeddings, length):
     """Unit embeddings (N, D) moved by a constant vector of this length: OpenAI's modality gap, put on another CLIP."""
     way = F.normalize(torch.randn(embeddings.shape[1], generator=torch.Generator().manual_seed(0)), dim=0)
     return F.normalize(embeddings + length * way.to(embeddings.device), dim=-1)
+
+
+def toy_prompts():
+    """Every colour with every object: [{"colour", "object"}, ...] and "a {colour} {object}" of each."""
+    wanted = [{"colour": c, "object": o} for c in COLOURS for o in OBJECTS]
+    return wanted, ["a {colour} {object}".format(**w) for w in wanted]
+
+
+def move_mean(gpt, clip, length):
+    """Put the mean of the texts that a centring GPT subtracts where `shifted` moves the texts to."""
+    if gpt.means[1].any():
+        gpt.means[1] = shifted(clip.text(GENERIC), length).mean(0)
 
 
 def frechet(a, b):
@@ -211,8 +220,7 @@ def quality(features, pictures, groups, reference, train, n, seed=0):
 
 def tiny(pictures):
     """uint8 (N, S, S, 3) -> (N, 768), the pixels in [0, 1] at 16 x 16."""
-    return torch.cat([F.interpolate(to_tensor(p), size=(16, 16), mode="bilinear", antialias=True).flatten(1)
-                      for p in np.array_split(pictures, 1 + len(pictures) // 256)]).numpy()
+    return in_parts(lambda x: shrunk(x, 16).flatten(1), pictures).numpy()
 
 
 def retrieval(clip, pictures, texts, own):
@@ -279,10 +287,10 @@ def caption_dump(cfg, source, clip, out):
     write_json(Path(out, "meta.json"), meta | {"digest": digest(meta)})
 
 
-def train_control(cfg, name, checkpoint, data, drop):
-    """Train the GPT of a checkpoint once more, on other data or with other drops -> its path."""
+def train_control(cfg, name, checkpoint, **changes):
+    """Train the GPT of a checkpoint once more, with other options -> its path."""
     out = Path(cfg.out, name)
-    options = checkpoint["config"] | {"data": data, "drop": drop, "out": str(out)}
+    options = checkpoint["config"] | changes | {"out": str(out)}
     words = [f"--{k}={v}" for k, v in options.items() if k != "preset"]
     if subprocess.run([sys.executable, Path(__file__).with_name("train_gpt.py"), *words]).returncode:
         fail(f"the control {name} was not trained; what train_gpt.py says above tells why")
@@ -332,8 +340,7 @@ def main():
         judge = get_judge(cfg, machine)
         (held, rows), (train, train_rows) = (read_world(cfg.data, *s) for s in (["heldout"], ["train", "unseen"]))
         groups = [f"{r['colour']} {r['object']}" for r in rows]
-        wanted = [{"colour": c, "object": o} for c in COLOURS for o in OBJECTS]
-        prompts = [f"a {w['colour']} {w['object']}" for w in wanted]
+        wanted, prompts = toy_prompts()
     else:
         try:
             prompts = [line.strip() for line in Path(cfg.texts).read_text().splitlines() if line.strip()]
@@ -342,17 +349,16 @@ def main():
         if len(prompts) < 2:
             fail(f"{cfg.texts} holds {len(prompts)} prompts; two or more are needed, one a line")
         source = Pictures(cfg.data)
-        train, held = (read_some(source, names, vqgan.cfg.image_size) for names in split_names(source.names, 10.0))
+        train, held = (centre_crops(source, names, vqgan.cfg.image_size, 2000)
+                       for names in split_names(source.names, 10.0))
         if min(len(train), len(held)) < 4:
             fail(f"{cfg.data} has {len(train)} + {len(held)} pictures that can be read, too few to compare with")
         judge, wanted, groups, rows, train_rows = None, None, range(len(held)), None, None
 
-    @torch.no_grad()
     def features(pictures):
-        if not toy:
-            return clip_embeddings(referee, pictures).double().cpu().numpy()
-        return np.concatenate([judge.body(judged(p).to(machine.device)).double().cpu().numpy()
-                               for p in np.array_split(pictures, 1 + len(pictures) // 256)])
+        found = in_parts(lambda x: judge.features(x.to(machine.device)), pictures) if toy else \
+            clip_embeddings(referee, pictures)
+        return found.double().cpu().numpy()
     texts, own = clip.text(prompts), np.arange(len(prompts)).repeat(cfg.n)
     theirs = texts if referee is clip else referee.text(prompts)
     enough = min(len(held) // 2, len(prompts) * cfg.n)  # as many pictures in every Frechet distance
@@ -386,6 +392,11 @@ def main():
     best = made[np.arange(len(prompts)) * cfg.n + score.argmax(1).cpu().numpy()]
     judge_row(f"the same, best of {cfg.n} by CLIP", best, wanted, prompts, range(len(prompts)))
     if toy:
+        pairs = [i for i, w in enumerate(wanted) if (w["colour"], w["object"]) in UNSEEN]
+        made_unseen = draw((gpt, vqgan), texts[pairs], [prompts[i] for i in pairs], 4 * cfg.n, options, machine, cfg)
+        repeated = np.repeat(pairs, 4 * cfg.n)
+        judge_row("samples of the unseen pairs alone, N=1", made_unseen, [wanted[i] for i in repeated],
+                  [prompts[i] for i in repeated], repeated)
         long = [w | {"background": list(BACKGROUNDS)[i % 4], "size": list(SIZES)[i % 3]} for i, w in enumerate(wanted)]
         words = ["a {size} {colour} {object} on a {background} background".format(**w).replace("medium ", "")
                  for w in long]
@@ -398,8 +409,7 @@ def main():
     judge_row("drawn from held-out pictures' embeddings", pictures, rows, list(groups)[:len(some)])
     if cfg.gap and not gpt.cfg.classic:
         means = gpt.means.clone()
-        if means[1].any():  # centred: the texts' mean moves along
-            gpt.means[1] = shifted(clip.text(GENERIC), cfg.gap).mean(0)
+        move_mean(gpt, clip, cfg.gap)
         text_row(f"samples, the texts' embeddings moved by {cfg.gap:g}", (gpt, vqgan), shifted(texts, cfg.gap), options)
         gpt.means.copy_(means)
     if cfg.guidances:
@@ -416,9 +426,9 @@ def main():
         dump = str(Path(cfg.out, "caption_tokens"))
         caption_dump(cfg, checkpoint["config"]["data"], clip, dump)
         captioned, nothing = (f"control: the same GPT trained on {what}" for what in ("captions", "nothing"))
-        other = train_control(cfg, "captioned", checkpoint, dump, checkpoint["config"]["drop"])
+        other = train_control(cfg, "captioned", checkpoint, data=dump, spread=0.0)  # captions leave open what they do
         text_row(captioned, (load_gpt(other, machine.device)[0], vqgan), texts, options)
-        other = train_control(cfg, "unconditioned", checkpoint, checkpoint["config"]["data"], 1.0)
+        other = train_control(cfg, "unconditioned", checkpoint, drop=1.0)
         text_row(nothing, (load_gpt(other, machine.device)[0], vqgan), texts, options | {"cfg": 0.0})
         ratio = table[ours]["both"]["share"] / max(1e-9, table[captioned]["both"]["share"])
         machine.say(f"right object and colour, language-free / captioned: {ratio:.3f}")

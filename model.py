@@ -348,7 +348,8 @@ def norm(cfg):
 
 
 def relu2(x):
-    return F.relu(x).square()
+    x = F.relu(x)
+    return x * x  # square() goes through pow(), which is slow in bfloat16 on a CPU
 
 
 def rope_2d(grid, head_dim, base=100.0):
@@ -492,9 +493,11 @@ class GPT(nn.Module):
         """Conditions (B, D) and tokens (B, t), t < T -> logits (B, t+1, K) of tokens 0..t."""
         return self.run(torch.cat([self.prefix(cond, drop), self.tok_emb(tokens)], 1))
 
-    def loss(self, cond, tokens, drop=None):
-        """Mean cross-entropy in nats of all T tokens (B, T) given their conditions (B, D)."""
-        logits = self(cond, tokens[:, :-1], drop)                                               # (B, T, K)
+    def loss(self, cond, tokens, drop=None, read=None):
+        """Mean cross-entropy in nats of all T tokens (B, T) given their conditions (B, D) and the tokens before each,
+        as they stand in `read` (B, T), in training with some errors in it: a GPT that has only read flawless pictures
+        trusts what it has written more than its condition (exposure bias; Ranzato et al. 2016)."""
+        logits = self(cond, (tokens if read is None else read)[:, :-1], drop)                   # (B, T, K)
         return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
     @torch.no_grad()

@@ -427,9 +427,58 @@ def test_dump_round_trip_and_batches_are_functions_of_seed_and_step(tmp_path):
         assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, files["train_tokens.bin"].tolist()))
     assert not torch.equal(seen[0], seen[1])
     other = train_gpt.make_batches(*arrays["train"], train_gpt.Config(batch_size=16, seed=1))(0)
-    assert not torch.equal(other[0], first[0][0]) and not torch.equal(other[2], first[0][2])
-    assert torch.allclose(first[0][2].norm(dim=1), torch.tensor(0.5))
-    assert not torch.equal(first[0][2], first[1][2]) and not torch.equal(first[0][3], first[4][3])  # new every step
+    assert not torch.equal(other[0], first[0][0]) and not torch.equal(other[3], first[0][3])
+    assert torch.allclose(first[0][3].norm(dim=1), torch.tensor(0.5))
+    assert not torch.equal(first[0][3], first[1][3]) and not torch.equal(first[0][4], first[4][4])  # new every step
+
+
+def test_a_tenth_of_what_is_read_is_another_pictures():
+    tokens = np.arange(64 * 16, dtype=np.uint16).reshape(64, 16)  # token t of picture r is 16 r + t
+    clip = np.ones((64, 8), np.float16)
+    write, read, *_ = train_gpt.make_batches(tokens, clip, train_gpt.Config(batch_size=640, corrupt=0.1))(0)
+    swapped = write != read
+    assert 0.08 < swapped.float().mean() < 0.12 and torch.equal(write % 16, read % 16)  # its own place in the picture
+    write, read, *_ = train_gpt.make_batches(tokens, clip, train_gpt.Config(batch_size=640, corrupt=0.0))(0)
+    assert torch.equal(write, read)
+
+
+def test_the_loss_is_of_the_true_tokens_behind_those_read():
+    model = tiny_gpt()
+    cond, tokens = model.condition(some(2, 24)), tokens_for(model, 2)
+    assert model.loss(cond, tokens, read=tokens) == model.loss(cond, tokens)
+    read = tokens.clone()
+    read[:, -1] = (read[:, -1] + 1) % 48  # nothing comes behind the last
+    assert model.loss(cond, tokens, read=read) == model.loss(cond, tokens)
+    read[:, 5] = (read[:, 5] + 1) % 48
+    logits = model(cond, read[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    assert model.loss(cond, tokens, read=read) == loss != model.loss(cond, tokens)
+
+
+def test_spread_is_that_of_neighbours_not_of_all():
+    """Twenty far clusters, each a little stretched along one axis: the noise has that stretch, not the clusters'."""
+    model = tiny_gpt(cond_dim=24)
+    centres = np.linalg.qr(some(24, 24).double().numpy())[0][:20]
+    stretch = np.full(24, 0.01)
+    stretch[3] = 0.1
+    rows = centres.repeat(200, 0) + stretch * some(4000, 24, seed=5).double().numpy()
+    root = train_gpt.neighbour_spread(model, rows.astype(np.float32), seed=0, share=0.04)
+    covariance = root.T @ root
+    assert np.allclose(covariance, covariance.T) and covariance.argmax() == 3 * 24 + 3
+    assert 0.2 * 0.01 < covariance[3, 3] < 0.01 and np.trace(covariance) < 2 * 0.01
+    assert np.isfinite(train_gpt.neighbour_spread(model, rows[:1].astype(np.float32), seed=0)).all()
+    batch = train_gpt.make_batches(np.zeros((9, 16), np.uint16), rows[:9].astype(np.float16),
+                                   train_gpt.Config(batch_size=4000, noise=0.0, spread=2.0), root)
+    noise = batch(0)[3].numpy()
+    assert np.allclose(noise.T @ noise / 4000, 4 * covariance, atol=0.3 * 4 * 0.01)
+
+
+def test_perceptual_distance_is_that_of_unit_features():
+    a, b = [some(2, 8, 5, 5, seed=1), some(2, 7, 8, seed=2)], [some(2, 8, 5, 5, seed=3), some(2, 7, 8, seed=4)]
+    plain = [(torch.nn.functional.normalize(x, dim=d) - torch.nn.functional.normalize(y, dim=d)).square().sum(d).mean()
+             for x, y, d in zip(a, b, (1, 2))]
+    assert vqgan.perceptual_distance(a, b).item() == pytest.approx((sum(plain) / 2).item(), rel=1e-5)
+    assert abs(vqgan.perceptual_distance(a, a).item()) < 1e-6
 
 
 @pytest.mark.parametrize("what", ["truncated", "edited", "meta"])

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from common import (Amount, Clip, Count, Device, Dtype, Machine, Progress, Run, Whole, clip_package, configure, fail,
-                    learning_rate, millions, open_picture, save_grid, to_tensor, whole, write_json)
+                    learning_rate, millions, open_picture, resized, save_grid, to_tensor, whole, write_json)
 
 
 @dataclass
@@ -37,11 +37,11 @@ class Config:
     text_layers: Count = 2              # its depth
     context: Count = 24                 # tokens of text it reads
     embed_dim: Count = 64               # size of the shared embedding
-    max_steps: Count = 300              # training steps
+    max_steps: Count = 200              # training steps
     batch_size: Count = 256             # pairs a step
     learning_rate: Amount = 2e-3        # peak, AdamW
     warmup: Whole = 40                  # steps of linear warm-up
-    save_every: Count = 150             # steps between checkpoints
+    save_every: Count = 100             # steps between checkpoints
     workers: Whole = 2                  # drawing processes
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
@@ -207,15 +207,10 @@ def zero_shot(clip, pictures, rows):
     """Share of pictures whose own "a {colour} {object}" is nearest among all such prompts."""
     pairs = [(c, o) for c in COLOURS for o in OBJECTS]
     texts = clip.text([f"a {c} {o}" for c, o in pairs])                                           # (96, D)
-    images = torch.cat([clip.image(shrink(to_tensor(part), clip.size).to(clip.device))
+    images = torch.cat([clip.image(resized(to_tensor(part), clip.size).to(clip.device))
                         for part in np.array_split(pictures, 20)])                                # (N, D)
     hits = (images @ texts.T).argmax(1).tolist()
     return float(np.mean([pairs[h] == (r["colour"], r["object"]) for h, r in zip(hits, rows)]))
-
-
-def shrink(pixels, size):
-    """Pictures (B, 3, S, S) -> (B, 3, size, size)."""
-    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True) if pixels.shape[-1] != size else pixels
 
 
 def main():
@@ -248,7 +243,7 @@ def main():
     for step in range(run.step, cfg.max_steps):
         rng = np.random.default_rng((cfg.seed, 1, step))
         batch = rng.choice(len(pictures), cfg.batch_size)
-        pixels = shrink(to_tensor(pictures[batch]).to(machine.device), size)                      # (B, 3, S, S)
+        pixels = resized(to_tensor(pictures[batch]).to(machine.device), size)                      # (B, 3, S, S)
         same = torch.as_tensor(index[batch][:, None] == index[batch][None]).float().to(machine.device)
         target = same / same.sum(1, keepdim=True)                                                 # (B, B) equals share
         for group in optimizer.param_groups:

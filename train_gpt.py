@@ -2,8 +2,9 @@
 
 The GPT sees [embedding] t0 t1 t2 ... and predicts each next token: next-word prediction, where the words are codes of a
 picture and the first "word" is what CLIP sees in that picture. Trained on pictures alone, it is handed the embedding of
-a text when sampling. So that it forgives the difference, the embedding is centred and gets noise; and in a tenth of the
-rows it is withheld, which is what classifier-free guidance needs."""
+a text when sampling. So that it forgives the difference, the embedding is centred and gets noise, part of it shaped
+like what a text leaves open; in a tenth of the rows it is withheld, which is what classifier-free guidance needs; and a
+tenth of the tokens read are wrong ones, so that the GPT trusts the embedding more than what it has just written."""
 import json
 import math
 import os
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (Amount, Compile, Count, Device, Dtype, Machine, Progress, Run, Share, Whole, configure, digest,
-                    fail, file_sha256, learning_rate, load_clip, load_vqgan, millions, save_grid, to_image)
-from model import GPT, GPTConfig
+from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Progress, Run, Share, Whole, configure,
+                    digest, fail, file_sha256, learning_rate, load_clip, load_vqgan, millions, resized, save_grid,
+                    to_image)
+from model import GPT, MODERN, GPTConfig
 
 Preset = Literal["", "paper", "24gb"]
-Without = Literal["", "rmsnorm", "no_bias", "qk_norm", "relu2", "rope", "zero_init"]
+Without = Literal[("", *MODERN)]
 
 
 @dataclass
@@ -35,23 +37,26 @@ class Config:
     n_layer: Count = 4                  # blocks
     n_head: Count = 6                   # attention heads
     n_embd: Count = 192                 # width
-    classic: bool = False               # the 2022 network; never centres or drops the condition; add --noise=0
+    classic: bool = False               # the 2022 network; never centres or drops the condition or adds noise to it
     without: Without = ""               # part of the modern network to do without, for ablations; see model.MODERN
     # condition
-    noise: Amount = 0.5                 # length s of the noise in c = norm(c + s e/|e|)
+    noise: Amount = 0.5                 # length s of the noise in c = norm(c + s e/|e| + spread)
+    spread: Amount = 1.5                # times what pictures of one meaning differ by: more noise, of that shape
     center: bool = True                 # subtract the mean embedding, of pictures or of texts
     drop: Share = 0.1                   # of the rows lose their condition, for guidance
+    corrupt: Share = 0.1                # of the tokens it reads are another picture's
     recon: Amount = 0.0                 # weight of the paper's embedding-reconstruction loss, on an eighth of the rows
     # training
-    max_steps: Count = 1000             # training steps
+    max_steps: Count = 600              # training steps
     batch_size: Count = 128             # rows a step, over all processes and accumulated parts
     accumulate: Count = 1               # parts that a process's share of the batch is cut into
-    learning_rate: Amount = 3e-3        # peak, AdamW, warm-up then cosine
+    muon: bool = True                   # the blocks' matrices learn by Muon; False: all by AdamW, as in 2022
+    learning_rate: Amount = 6e-3        # peak, warm-up then cosine
     warmup: Whole = 50                  # steps of linear warm-up
-    weight_decay: Amount = 0.1          # on matrices only
+    weight_decay: Amount = 0.1          # on matrices that AdamW moves
     grad_clip: Amount = 1.0             # largest gradient norm, 0 is none
     ema: Share = 0.99                   # decay of the moving average of the weights, which is what sampling uses
-    eval_every: Count = 250             # steps between evaluations, each with a checkpoint and grid.png
+    eval_every: Count = 200             # steps between evaluations, each with a checkpoint and grid.png
     eval_rows: Count = 1024             # validation rows, always the same
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
@@ -60,11 +65,10 @@ class Config:
 
 
 PRESETS = {  # for --preset
-    "paper": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "classic": True, "noise": 0.0, "drop": 0.0, "center": False,
-              "batch_size": 256, "max_steps": 300000, "learning_rate": 3e-4, "warmup": 2000, "ema": 0.9999,
-              "eval_every": 5000},
+    "paper": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "classic": True, "batch_size": 256, "max_steps": 300000,
+              "muon": False, "learning_rate": 3e-4, "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
     "24gb": {"n_layer": 16, "n_head": 16, "n_embd": 1024, "batch_size": 256, "accumulate": 8, "max_steps": 200000,
-             "learning_rate": 6e-4, "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
+             "muon": False, "learning_rate": 6e-4, "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
 }
 
 
@@ -96,10 +100,30 @@ def open_dump(folder):
     return meta, {s: (arrays[f"{s}_tokens.bin"], arrays[f"{s}_clip.bin"]) for s in ("train", "val")}
 
 
-def make_batches(tokens, clip, cfg):
-    """A function from step to that step's global batch, a pure function of (seed, step): tokens (B, T), embeddings
-    (B, D), noise (B, D), drop (B,). Every epoch goes through all rows in a new order. The disk is asked for the next
-    step's rows one step ahead, so that a dump larger than memory does not keep the step waiting."""
+@torch.no_grad()
+def neighbour_spread(model, clip, seed, share=0.01, anchors=256, most=50000):
+    """A matrix R (D, D) such that e R, e standard normal, varies as pictures of one meaning do: as the embeddings
+    (N, D) nearest to an embedding, that share of all, vary around their mean; the average over some embeddings.
+
+    A text is one point where the pictures it fits are a cloud: "a red bus" says nothing of the background. Trained with
+    noise of this shape, the GPT learns what a condition does not settle, and draws it as various as pictures are."""
+    rows = np.sort(np.random.default_rng((seed, 2)).permutation(len(clip))[:most])
+    c = model.condition(torch.from_numpy(clip[rows].astype(np.float32)).to(model.means.device))    # (N, D)
+    k, covariance = max(2, round(len(c) * share)), torch.zeros_like(c[0].outer(c[0]))
+    some = range(0, len(c), -(-len(c) // anchors))
+    for i in some:
+        near = c[(c @ c[i]).topk(min(k, len(c))).indices]                                          # (k, D)
+        near = near - near.mean(0)
+        covariance += near.T @ near / max(1, len(near) - 1) / len(some)
+    values, vectors = np.linalg.eigh(covariance.double().cpu().numpy())
+    return (np.sqrt(np.maximum(values, 0))[:, None] * vectors.T).astype(np.float32)
+
+
+def make_batches(tokens, clip, cfg, spread=None):
+    """A function from step to that step's global batch, a pure function of (seed, step): tokens to write (B, T) and to
+    read (B, T), embeddings (B, D), noise (B, D), drop (B,). Every epoch goes through all rows in a new order. The disk
+    is asked for the next step's rows one step ahead, so that a dump larger than memory does not keep the step waiting.
+    `spread` is what neighbour_spread gives."""
     orders, indices = {}, {}
     files = [(a, open(a.filename, "rb")) for a in (tokens, clip)
              if isinstance(a, np.memmap) and hasattr(os, "posix_fadvise")]
@@ -128,8 +152,11 @@ def make_batches(tokens, clip, cfg):
         noise = rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32)
         noise *= cfg.noise / np.linalg.norm(noise, axis=1, keepdims=True)
         drop = rng.random(cfg.batch_size) < cfg.drop
-        return (torch.from_numpy(tokens[index].astype(np.int64)), torch.from_numpy(clip[index].astype(np.float32)),
-                torch.from_numpy(noise), torch.from_numpy(drop))
+        if spread is not None:
+            noise += cfg.spread * rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32) @ spread
+        write = tokens[index].astype(np.int64)                                                     # (B, T)
+        read = np.where(rng.random(write.shape) < cfg.corrupt, np.roll(write, 1, 0), write)
+        return [torch.from_numpy(x) for x in (write, read, clip[index].astype(np.float32), noise, drop)]
     return batch
 
 
@@ -149,14 +176,21 @@ def main():
         model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
     ema.load_state_dict(model.state_dict())
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW([{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-                                   {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}],
-                                  lr=0.0, betas=(0.9, 0.95), fused=machine.fused)
+    inner = {p for p in model.blocks.parameters() if p.dim() == 2} if cfg.muon else set()
+    decay, free = ([p for p in params if p not in inner and (p.dim() >= 2) == large] for large in (True, False))
+    opts = {"adam": torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
+                                       {"params": free, "weight_decay": 0.0}], 0.0, (0.9, 0.95), fused=machine.fused)}
+    if inner:
+        opts["muon"] = Muon([p for p in params if p in inner])
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     if run.resume:
-        for part, state in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (scaler, "scaler")):
+        for part, state in ((model, "model"), (ema, "ema"), (scaler, "scaler")):
             part.load_state_dict(run.resume[state])
-    batch = make_batches(*arrays["train"], cfg)
+        for name, opt in opts.items():
+            opt.load_state_dict(run.resume["optimizers"][name])
+    noisy = bool(cfg.noise or cfg.spread) and not cfg.classic
+    spread = neighbour_spread(model, arrays["train"][1], cfg.seed) if cfg.spread and noisy else None
+    batch = make_batches(*arrays["train"], cfg, spread)
     val_tokens, val_clip = (torch.from_numpy(np.array(a[:cfg.eval_rows]).astype(t)) for a, t in
                             zip(arrays["val"] if meta["val_rows"] else arrays["train"], (np.int64, np.float32)))
     know_nothing = math.log(meta["codes"])
@@ -171,20 +205,20 @@ def main():
     part = cfg.batch_size // machine.world // cfg.accumulate
     clip = load_clip(meta["clip"], machine.device) if cfg.recon else None
     example = [put(x[:part]) for x in batch(0)]
-    loss_of = machine.compile(model.loss, cfg.compile, (model.condition(example[1]), example[0],
-                                                              None if cfg.classic else example[3]))
+    loss_of = machine.compile(model.loss, cfg.compile, (model.condition(example[2]), example[0],
+                                                        None if cfg.classic else example[4], example[1]))
     bar, begun = Progress(cfg.max_steps, run.step), time.time()
     for step in range(run.step, cfg.max_steps):
-        for group in optimizer.param_groups:
+        for group in (g for opt in opts.values() for g in opt.param_groups):
             group["lr"] = learning_rate(step, cfg.learning_rate, cfg.warmup, cfg.max_steps)
         rows = batch(step)
         total = torch.zeros((), device=machine.device)
         for i in range(cfg.accumulate):  # this process's rows of the global batch, part by part
             first = (machine.rank * cfg.accumulate + i) * part
-            tokens, embedding, noise, drop = (put(x[first:first + part]) for x in rows)
-            cond = model.condition(embedding, noise=noise if cfg.noise else None)                  # (b, D)
+            tokens, read, embedding, noise, drop = (put(x[first:first + part]) for x in rows)
+            cond = model.condition(embedding, noise=noise if noisy else None)                  # (b, D)
             with machine.autocast():
-                loss = loss_of(cond, tokens, None if cfg.classic else drop) / cfg.accumulate
+                loss = loss_of(cond, tokens, None if cfg.classic else drop, read) / cfg.accumulate
                 if cfg.recon:
                     few = slice(-(-part // 8))
                     again = embedding_loss(model, vqgan, clip, cond[few], tokens[few], embedding[few])
@@ -192,15 +226,17 @@ def main():
             scaler.scale(loss).backward()
             total += loss.detach()
         machine.average_gradients(params)
-        scaler.unscale_(optimizer)
+        for opt in opts.values():
+            scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
         loss = machine.sum(total).item() / machine.world
         good = math.isfinite(loss + norm.item())
         run.skip(step, good or scaler.is_enabled())  # a scaler skips such steps itself, and lowers its scale
         if good or scaler.is_enabled():
-            scaler.step(optimizer)
+            for opt in opts.values():
+                scaler.step(opt)
         scaler.update()
-        optimizer.zero_grad()
+        model.zero_grad()
         if good:
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), params, 1 - min(cfg.ema, (step + 1) / (step + 10)))
@@ -216,8 +252,9 @@ def main():
             if machine.rank == 0:
                 grid(Path(cfg.out, "grid.png"), ema, vqgan, val_tokens[:8], val_clip[:8], machine)
         if due or run.stopping:
-            run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict(), rng=torch.get_rng_state(), network=asdict(gcfg),
+            run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), scaler=scaler.state_dict(),
+                     optimizers={k: o.state_dict() for k, o in opts.items()}, rng=torch.get_rng_state(),
+                     network=asdict(gcfg),
                      **{k: meta[k] for k in ("vqgan_sha256", "clip", "clip_sha256")}, vqgan=cfg.vqgan or meta["vqgan"])
     run.finish()
     machine.say(f"wrote {run.final} and {cfg.out}/grid.png; next: python sample.py \"a red bus\" --gpt={run.final}")
@@ -229,10 +266,10 @@ def embedding_loss(model, vqgan, clip, cond, tokens, embedding):
     gradient goes back through the probabilities."""
     p = model(cond, tokens[:, :-1]).float().softmax(-1)                                            # (b, T, K)
     hard = F.one_hot(p.argmax(-1), p.shape[-1]) + p - p.detach()                                   # (b, T, K)
-    codes = (hard @ vqgan.quantize.lookup(torch.arange(p.shape[-1], device=p.device)[None, None])[0, :, 0].T).mT
+    codes = (hard @ vqgan.quantize.unit(vqgan.quantize.embedding.weight)).mT                       # (b, d, T)
     z = codes.unflatten(2, (model.cfg.grid, model.cfg.grid))                                       # (b, d, h, w)
     pixels = (vqgan.decoder(vqgan.post_quant_conv(z)).float() + 1) / 2                             # (b, 3, S, S)
-    seen = clip.image(F.interpolate(pixels, (clip.size, clip.size), mode="bicubic", antialias=True))
+    seen = clip.image(resized(pixels, clip.size))
     return 1 - (seen * F.normalize(embedding, dim=-1)).sum(-1).mean()
 
 

@@ -4,7 +4,6 @@ An encoder shrinks the picture to a small grid of vectors, each vector is replac
 codebook, a decoder paints the picture again. What is kept is what fits into the codes, so the losses decide what
 matters: pixels (L1 + L2), what CLIP's image encoder sees at several depths (perceptual), and late in training a
 discriminator that judges patches (--disc_start; off by default). Pictures alone are read, no captions."""
-import contextlib
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Pictures, Progress, Run, Share, Whole,
-                    Zoom, configure, crop, digest, fail, learning_rate, load_clip, millions, save_grid, split_names,
-                    to_image, to_tensor)
+                    Zoom, centre_crops, configure, crop, digest, fail, learning_rate, load_clip, millions, resized,
+                    save_grid, split_names, to_image, to_tensor)
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
 
 Preset = Literal["", "paper", "24gb"]
@@ -56,12 +55,12 @@ class Config:
     disc_weight: Amount = 0.8           # its weight, times the adaptive weight
     disc_cap: Amount = 10.0             # upper bound of the adaptive weight
     # training
-    max_steps: Count = 900              # training steps
+    max_steps: Count = 600              # training steps
     batch_size: Count = 32              # pictures a step, over all processes
     learning_rate: Amount = 4e-3        # peak, Muon on convolutions and AdamW on the rest; warm-up, then cosine
     warmup: Whole = 30                  # steps of linear warm-up
     ema: Share = 0.99                   # decay of the moving average of the weights, which is what later stages use
-    eval_every: Count = 300             # steps between evaluations, each with a checkpoint and recon.png
+    eval_every: Count = 200             # steps between evaluations, each with a checkpoint and recon.png
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
     compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
@@ -111,9 +110,8 @@ class Batches(torch.utils.data.Dataset):
 
 
 def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
-    """A function from CLIP's input (B, 3, C, C) to a list of feature maps, channels last, each unit length along its
-    channels: the four stages of a ResNet, or a ViT's tokens after these shares of its depth (as LPIPS, Zhang et al.
-    2018, does with VGG's)."""
+    """A function from CLIP's input (B, 3, C, C) to a list of feature maps: the four stages of a ResNet (channels in
+    dimension 1), or a ViT's tokens after these shares of its depth (channels last)."""
     resnet = hasattr(visual, "layer1")
     if resnet:
         layers = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
@@ -127,8 +125,15 @@ def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
     def features(x):
         taken.clear()
         visual(x)
-        return [F.normalize((f.movedim(1, -1) if resnet else f).float(), dim=-1) for f in taken]
+        return list(taken)
     return features
+
+
+def perceptual_distance(real, fake):
+    """Mean squared distance between feature maps at unit length along their channels, averaged over the maps (LPIPS,
+    Zhang et al. 2018, with CLIP in place of VGG). Between unit vectors that is 2 - 2 cosine."""
+    return sum(2 - 2 * F.cosine_similarity(a.float(), b.float(), 1 if a.dim() == 4 else -1).mean()
+               for a, b in zip(real, fake)) / len(real)
 
 
 def main():
@@ -170,7 +175,7 @@ def main():
                 f"{cfg.max_steps} steps of {cfg.batch_size} on {machine}; writes {run.final}")
 
     def clip_input(x):
-        return clip.normalize(F.interpolate((x + 1) / 2, size=(clip.size,) * 2, mode="bicubic", antialias=True))
+        return clip.normalize(resized((x + 1) / 2, clip.size))
 
     def losses(model, x, quantized):
         """Reconstruction of x, its loss without the discriminator, and the parts of that."""
@@ -182,7 +187,7 @@ def main():
             with torch.no_grad():
                 real = features(clip_input(x))
             fake = features(clip_input(recon))
-            percept = sum((a - b).square().sum(-1).mean() for a, b in zip(real, fake)) / len(real)
+            percept = perceptual_distance(real, fake)
         parts = {"pixel": pixel, "perceptual": percept, "vq": vq_loss}
         return recon, pixel + cfg.perceptual * percept + vq_loss, parts, tokens, z
 
@@ -195,9 +200,9 @@ def main():
     blank = torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=machine.device)
     net = machine.compile(model, cfg.compile, (blank, cfg.beta, False))
     batches = Batches(source, train, cfg, machine.rank, machine.world)
-    fixed = validation_pictures(cfg, source, val)  # (V, S, S, 3)
+    fixed = centre_crops(source, val, cfg.image_size, 256)  # (V, S, S, 3)
     if not len(fixed):  # a handful of pictures, none of them held out
-        fixed = validation_pictures(cfg, source, train[:1000])
+        fixed = centre_crops(source, train[:1000], cfg.image_size, 256)
     if not len(fixed):
         fail(f"none of the first {len(train[:1000])} pictures of {cfg.data} can be read")
     bar, bad = Progress(cfg.max_steps, run.step), set()
@@ -299,17 +304,6 @@ def main():
     run.finish()
     machine.say(f"wrote {run.final} and {cfg.out}/recon.png; "
                 f"next: python prepare.py --vqgan={run.final} --data={cfg.data} --clip={cfg.clip} --out=...")
-
-
-def validation_pictures(cfg, source, names, most=256):
-    """Centre crops of the first readable ones, uint8 (V, S, S, 3)."""
-    pictures = []
-    for name in names:
-        with contextlib.suppress(OSError, ValueError):
-            pictures.append(crop(source.open(name, cfg.image_size), cfg.image_size))
-        if len(pictures) == most:
-            break
-    return np.array(pictures)
 
 
 def check(cfg, machine):
