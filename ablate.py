@@ -33,6 +33,7 @@ class Config:
     only: str = ""                      # of the rows, those with one of these in their name: noise,centred
     seeds: Count = 3                    # runs of each row
     max_steps: Count = 250              # of the reference; every other row gets the same time
+    vqgan_steps: Count = 900            # of the rows that have a VQGAN of their own
     n: Count = 4                        # pictures of each prompt
     jobs: Count = 2                     # runs at a time, on one thread each
 
@@ -52,10 +53,8 @@ VARIANTS = {  # name: (options of vqgan.py, of prepare.py, of train_gpt.py)
     "noise 1": ([], [], ["--noise=1"]),
     "noise 2": ([], [], ["--noise=2"]),
     "spread 0": ([], [], ["--spread=0"]),
-    "spread 3": ([], [], ["--spread=3"]),
     "not centred": ([], [], ["--center=False"]),
     "no wrong tokens to read": ([], [], ["--corrupt=0"]),
-    "a fifth of the tokens read wrong": ([], [], ["--corrupt=0.2"]),
     "embedding-reconstruction loss 0.1": ([], [], ["--recon=0.1"]),
     "1 crop a picture": ([], ["--crops=1"], []),
     "4 crops a picture": ([], ["--crops=4"], []),
@@ -73,6 +72,11 @@ def stage(name, words, threads=1):
     if done.returncode:
         fail(f"{name} {' '.join(words)} failed: {done.stderr[-300:]}")
     return done.stdout
+
+
+def alike(tokenizer, prepare, words):
+    """Whether a row's steps take as long as the reference's: its numbers differ, but not its shapes."""
+    return not tokenizer and all(w.split("=")[0] in ("--noise", "--spread", "--center", "--corrupt") for w in words)
 
 
 def match(cfg, path, judge, clip, machine, gap):
@@ -107,8 +111,8 @@ def main():
         vqgan, dump = f"{cfg.models}/vqgan.pt", cfg.dump
         if tokenizer:
             vqgan = f"{cfg.out}/vqgan-{slug[name]}/vqgan.pt"
-            stage("vqgan.py", [f"--data={cfg.data}/train", f"--clip={cfg.models}/clip.pt",
-                               f"--out={Path(vqgan).parent}", *tokenizer], threads=cfg.jobs)
+            stage("vqgan.py", [f"--data={cfg.data}/train", f"--clip={cfg.models}/clip.pt", *tokenizer,
+                               f"--out={Path(vqgan).parent}", f"--max_steps={cfg.vqgan_steps}"], threads=cfg.jobs)
         if tokenizer or prepare:
             dump = f"{cfg.out}/dump-{slug[name]}"
             stage("prepare.py", [f"--data={cfg.data}/train", f"--vqgan={vqgan}", f"--clip={cfg.models}/clip.pt",
@@ -118,6 +122,7 @@ def main():
     words = {name: options(name) for name in chosen}
     known = Path(cfg.out, "speed.json")
     speed = json.loads(known.read_text()) if known.exists() else {}
+    speed |= {name: 1.0 for name in chosen if alike(*chosen[name])}
     new = [name for name in chosen if name not in speed]
     rates = {name: [] for name in ["reference", *new]}
     for _ in range(3 if new else 0):  # in turn, so that a slow moment of the machine hits all alike

@@ -937,7 +937,7 @@ def test_stages_end_to_end(world):
     assert "best 2 of 4 by CLIP" in said["sample"] and "out/toy/gpt.pt" in said["sample"]
     assert Image.open(d / "out/samples.png").size[0] >= 64 and len(list((d / "out/samples").glob("*.png"))) == 4
     table = json.loads((d / "out/toy/match.json").read_text())["table"]
-    assert len(table) == 13 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
+    assert len(table) == 14 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
     assert table["true training pictures"]["nearest"] == pytest.approx(0, abs=1e-3)
     for path in ("match.md", "compare.png", "captioned/gpt.pt", "unconditioned/gpt.pt"):
         assert (d / "out/toy" / path).stat().st_size > 0
@@ -1557,6 +1557,24 @@ def test_bench_times_sampling_and_refuses_unknown_parts(tmp_path, capsys):
         assert rows[f"sampling, no cache, batch {b}, float32"]["rate"] > 0
     assert "sampling" in capsys.readouterr().out
     assert "there is no part dance" in command(HERE / "bench.py", "--parts=gpt,dance", cwd=tmp_path, ok=2).stderr
+
+
+@slow
+def test_slow_ablations_in_miniature(world, tmp_path):
+    d, _ = world
+    args = [HERE / "ablate.py", "--only=noise 1,1 crop,256", "--seeds=2", "--max_steps=20", "--n=1",
+            "--vqgan_steps=160",
+            f"--out={tmp_path}/ablations"]
+    said = command(*args, cwd=d).stdout
+    runs = json.loads((tmp_path / "ablations/ablations.json").read_text())["runs"]
+    names = ["reference", "noise 1", "1 crop a picture", "256 codes"]
+    assert sorted({(r["name"], r["seed"]) for r in runs}) == sorted((n, s) for n in names for s in (0, 1))
+    assert all(math.isfinite(r["val_loss"]) and 0 <= r["both"] <= 1 for r in runs)
+    assert next(r["steps"] for r in runs if r["name"] == "reference") == 20
+    assert (tmp_path / "ablations/noise.png").stat().st_size > 0
+    table = (tmp_path / "ablations/ablations.md").read_text()
+    assert table.count("\n") == 6 and table in said
+    assert command(*args, cwd=d).stdout.endswith(table)  # finished runs are kept
 
 
 @slow

@@ -37,11 +37,11 @@ class Config:
     text_layers: Count = 2              # its depth
     context: Count = 24                 # tokens of text it reads
     embed_dim: Count = 64               # size of the shared embedding
-    max_steps: Count = 200              # training steps
+    max_steps: Count = 300              # training steps
     batch_size: Count = 256             # pairs a step
     learning_rate: Amount = 2e-3        # peak, AdamW
     warmup: Whole = 40                  # steps of linear warm-up
-    save_every: Count = 100             # steps between checkpoints
+    save_every: Count = 150             # steps between checkpoints
     workers: Whole = 2                  # drawing processes
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16

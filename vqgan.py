@@ -55,12 +55,12 @@ class Config:
     disc_weight: Amount = 0.8           # its weight, times the adaptive weight
     disc_cap: Amount = 10.0             # upper bound of the adaptive weight
     # training
-    max_steps: Count = 600              # training steps
+    max_steps: Count = 900              # training steps
     batch_size: Count = 32              # pictures a step, over all processes
     learning_rate: Amount = 4e-3        # peak, Muon on convolutions and AdamW on the rest; warm-up, then cosine
     warmup: Whole = 30                  # steps of linear warm-up
     ema: Share = 0.99                   # decay of the moving average of the weights, which is what later stages use
-    eval_every: Count = 200             # steps between evaluations, each with a checkpoint and recon.png
+    eval_every: Count = 300             # steps between evaluations, each with a checkpoint and recon.png
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
     compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
