@@ -512,7 +512,8 @@ class GPT(nn.Module):
         x = self.prefix(cond).float()                                                           # (B, 1, C)
         if guidance != 1.0:
             x = torch.cat([x, self.null.expand_as(x)])                                          # (2B, 1, C)
-        caches = [x.new_zeros(2, len(x), h, t_max, c // h, dtype=block.qkv.weight.dtype) for block in self.blocks]
+        kept = torch.float32 if x.device.type == "cpu" else self.blocks[0].qkv.weight.dtype  # as `attend` reads it
+        caches = [x.new_zeros(2, len(x), h, t_max, c // h, dtype=kept) for _ in self.blocks]
         tokens = torch.empty(b, t_max, dtype=torch.long, device=x.device)
         positions = torch.arange(t_max, device=x.device).split(1) if self.static else range(t_max)
         for i, pos in enumerate(positions):
@@ -524,8 +525,8 @@ class GPT(nn.Module):
         return tokens
 
     def pack(self, dtype):
-        """Make this a network that only samples, in `dtype`: every Linear is packed, and so is the cache; the stream
-        between the blocks, norms and logits stay float32."""
+        """Make this a network that only samples, in `dtype`: every Linear is packed; the stream between the blocks,
+        norms and logits stay float32, and on a CPU the cache."""
         for module in list(self.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
@@ -545,17 +546,19 @@ class GPT(nn.Module):
 def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Logits (B, K) and uniform numbers u (B,) -> tokens (B,), by the inverse of the cumulative distribution.
 
-    Codes are sorted by probability; only the top_k first, and of those the fewest that hold top_p of the mass (nucleus
-    sampling, Holtzman et al. 2020), can be chosen. No synchronisation with the host.
+    Only the top_k likeliest codes, and of those the fewest that hold top_p of the mass (nucleus sampling, Holtzman et
+    al. 2020), can be chosen. No synchronisation with the host.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    k = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1]
-    logits, codes = logits.topk(k, -1)                                                          # (B, k), falling
+    k, codes = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1], None
+    if k < logits.shape[-1] or top_p < 1:
+        logits, codes = logits.topk(k, -1)                                                      # (B, k), falling
     p = F.softmax(logits / temperature, -1)
     mass = p.cumsum(-1)
-    above = mass - p                                                                            # 0 for the first
-    p = torch.where((above < top_p) | (above <= 0), p, 0.0)  # keeps the code that crosses top_p, and always the first
-    mass = p.cumsum(-1)
+    if top_p < 1:
+        above = mass - p                                                                        # 0 for the first
+        p = torch.where((above < top_p) | (above <= 0), p, 0.0)  # keeps the code that crosses top_p and the first
+        mass = p.cumsum(-1)
     i = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=k - 1)              # (B, 1)
-    return codes.gather(-1, i)[:, 0]
+    return (i if codes is None else codes.gather(-1, i))[:, 0]

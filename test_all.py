@@ -1014,6 +1014,16 @@ def test_another_picture_size_gives_another_grid(world, tmp_path):
     assert Image.open(next((tmp_path / "s").glob("*.png"))).size == (48, 48)
 
 
+def test_muon_moves_the_blocks_matrices_and_can_be_left_out(world, tmp_path):
+    d, _ = world
+    command(HERE / "train_gpt.py", *GPT_ARGS, "--muon=False", "--classic=True", f"--out={tmp_path}/adam", cwd=d)
+    made, plain = (torch.load(p, weights_only=True) for p in (d / "out/toy/gpt.pt", tmp_path / "adam/gpt.pt"))
+    moved = {k: len(o["state"]) for k, o in made["optimizers"].items()}
+    assert moved == {"muon": 4 * 2, "adam": len(made["model"]) - 1 - 4 * 2}  # `means` is no parameter
+    assert {k: len(o["state"]) for k, o in plain["optimizers"].items()} == {"adam": len(plain["model"]) - 1}
+    assert not torch.any(plain["model"]["means"])
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, stage="train_gpt", args=GPT_ARGS):
     """Killed by the system (SIGKILL) at its first checkpoint, the same command ends with the uninterrupted weights."""
     d, _ = world
