@@ -526,7 +526,6 @@ def test_clip_through_our_loader_is_clip(tmp_path, kind):
     features = vqgan.perceptual_features(ours.model.visual)
     a, b = features(pixels), features(pixels + 0.1)
     assert len(a) == 4 and all((x - y).abs().max() > 1e-4 for x, y in zip(a, b))
-    assert all(torch.allclose(x.norm(dim=-1).max(), torch.ones(())) for x in a)
 
 
 def test_clip_loads_without_running_its_package(tmp_path):
