@@ -523,7 +523,15 @@ def test_clip_through_our_loader_is_clip(tmp_path, kind):
             theirs = F.normalize(theirs, dim=-1)
             assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
             assert (theirs[0] - theirs[1]).abs().max() > 1e-4
+    plain, layers = [], [getattr(reference.visual, f"layer{i}", None) for i in range(1, 5)]
+    for layer in filter(None, layers):
+        layer.register_forward_hook(lambda module, inputs, output: plain.append(output))
     features = vqgan.perceptual_features(ours.model.visual)
+    with torch.no_grad():
+        reference.visual(pixels)
+        assert all((x - y).abs().max() <= 1e-5 * y.abs().max() for x, y in zip(features(pixels), plain))
+    assert len(plain) == (4 if kind == "resnet" else 0)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in ours.model.visual.modules())
     a, b = features(pixels), features(pixels + 0.1)
     assert len(a) == 4 and all((x - y).abs().max() > 1e-4 for x, y in zip(a, b))
 

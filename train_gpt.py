@@ -116,7 +116,7 @@ def neighbour_spread(model, clip, seed, share=0.01, anchors=256, most=50000):
         near = near - near.mean(0)
         covariance += near.T @ near / max(1, len(near) - 1) / len(some)
     values, vectors = np.linalg.eigh(covariance.double().cpu().numpy())
-    return (np.sqrt(np.maximum(values, 0))[:, None] * vectors.T).astype(np.float32)
+    return torch.from_numpy((np.sqrt(np.maximum(values, 0))[:, None] * vectors.T).astype(np.float32))
 
 
 def make_batches(tokens, clip, cfg, spread=None):
@@ -152,8 +152,9 @@ def make_batches(tokens, clip, cfg, spread=None):
         noise = rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32)
         noise *= cfg.noise / np.linalg.norm(noise, axis=1, keepdims=True)
         drop = rng.random(cfg.batch_size) < cfg.drop
-        if spread is not None:
-            noise += cfg.spread * rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32) @ spread
+        if spread is not None:  # by torch: the threads of numpy's product would spin on beside those of the step
+            shaped = torch.from_numpy(rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32)) @ spread
+            noise += cfg.spread * shaped.numpy()
         write = tokens[index].astype(np.int64)                                                     # (B, T)
         read = np.where(rng.random(write.shape) < cfg.corrupt, np.roll(write, 1, 0), write)
         return [torch.from_numpy(x) for x in (write, read, clip[index].astype(np.float32), noise, drop)]
