@@ -66,7 +66,7 @@ class ResnetBlock(nn.Module):
 def attend(q, k, v, is_causal=False, mask=None):
     """Attention on (B, H, t, hd). On a CPU in float32 whatever the autocast: torch's bfloat16 backward kernel is 3-10x
     slower at the lengths met here."""
-    if q.device.type != "cpu":
+    if not torch.is_autocast_enabled("cpu") or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=is_causal)
@@ -353,18 +353,18 @@ def relu2(x):
 
 
 def rope_2d(grid, head_dim, base=100.0):
-    """cos and sin (grid*grid, head_dim/2) of 2-D rotary positions: half of the pairs turn with the row, half with the
+    """cos and sin (grid*grid, head_dim) of 2-D rotary positions: half of the pairs turn with the row, half with the
     column (Su et al. 2021). Position 0 is the prefix and does not turn; position i+1 is token i of the grid."""
     freqs = base ** -(torch.arange(head_dim // 4) / (head_dim // 4))                    # (hd/4,)
     i = torch.arange(grid * grid - 1)
     angle = torch.cat([(i // grid)[:, None] * freqs, (i % grid)[:, None] * freqs], 1)  # (T-1, hd/2)
     angle = F.pad(angle, (0, 0, 1, 0))                                                 # (T, hd/2)
-    return angle.cos(), angle.sin()
+    return torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1)
 
 
 def rotate(x, cos, sin):
-    a, b = x.chunk(2, -1)                                                              # (B, H, t, hd/2) each
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+    """Each pair (a, b), which lie half a head apart in x (..., hd) -> (a cos - b sin, b cos + a sin)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class PackedLinear(nn.Module):
@@ -406,19 +406,22 @@ class Block(nn.Module):
 
     def forward(self, x, rope, cache=None, pos=0):
         b, t, c = x.shape
-        qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (3, B, H, t, hd)
+        qkv = self.qkv(self.ln_1(x))                                                            # (B, t, 3C)
+        if cache is not None:
+            qkv = qkv.to(cache[0].dtype)  # once here, or each small step to come would convert
+        qkv = qkv.view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)                         # (3, B, H, t, hd)
         qk, v = self.qk_norm(qkv[:2]), qkv[2]
         q, k = qk if rope is None else rotate(qk, *rope)                                        # (B, H, t, hd) each
         if cache is None:
             y = attend(q, k, v, is_causal=True)                                                 # (B, H, t, hd)
         elif isinstance(pos, int):  # t is 1: write this position, look at all up to it
-            keys, values = (part.narrow(2, 0, pos + 1) for part in cache)                       # (B, H, pos+1, hd)
-            keys.narrow(2, pos, 1).copy_(k)
-            values.narrow(2, pos, 1).copy_(v)
+            for kept, new in zip(cache, (k, v)):
+                kept.narrow(2, pos, 1).copy_(new)
+            keys, values = (kept.narrow(2, 0, pos + 1) for kept in cache)                       # (B, H, pos+1, hd)
             y = attend(q, keys, values)                                                         # (B, H, 1, hd)
         else:  # the same in shapes that stay, for torch.compile: look at all, those to come masked
             keys, values = cache                                                                # (B, H, T, hd)
-            keys.index_copy_(2, pos, k.to(keys.dtype))
+            keys.index_copy_(2, pos, k)
             values.index_copy_(2, pos, v)
             seen = torch.arange(keys.shape[2], device=pos.device) <= pos                        # (T,)
             y = attend(q, keys, values, mask=seen.expand(b, 1, 1, -1))                          # (B, H, 1, hd)
@@ -482,7 +485,7 @@ class GPT(nn.Module):
         if self.pos_emb is not None:
             x = x + self.pos_emb[rows]
         else:
-            rope = self.cos[rows], self.sin[rows]                                               # (t, hd/2) each
+            rope = self.cos[rows], self.sin[rows]                                               # (t, hd) each
         if self.cfg.modern("rmsnorm"):
             x = rms_norm(x)
         for i, block in enumerate(self.blocks):
@@ -500,7 +503,7 @@ class GPT(nn.Module):
         logits = self(cond, (tokens if read is None else read)[:, :-1], drop)                   # (B, T, K)
         return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode_logits(self, cond, next_token, guidance=1.0):
         """Write one picture per row with a key-value cache. Returns tokens (B, T).
 
@@ -513,7 +516,7 @@ class GPT(nn.Module):
         if guidance != 1.0:
             x = torch.cat([x, self.null.expand_as(x)])                                          # (2B, 1, C)
         kept = torch.float32 if x.device.type == "cpu" else self.blocks[0].qkv.weight.dtype  # as `attend` reads it
-        caches = [x.new_zeros(2, len(x), h, t_max, c // h, dtype=kept) for _ in self.blocks]
+        caches = [x.new_zeros(2, len(x), h, t_max, c // h, dtype=kept).unbind() for _ in self.blocks]
         tokens = torch.empty(b, t_max, dtype=torch.long, device=x.device)
         positions = torch.arange(t_max, device=x.device).split(1) if self.static else range(t_max)
         for i, pos in enumerate(positions):
