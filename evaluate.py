@@ -5,6 +5,7 @@ else, says what a picture shows. It judges true held-out drawings and their reco
 generator behind this VQGAN could do. On other data a CLIP judges, better another one than the GPT was trained with
 (--judge). With --controls the same GPT is trained twice more, on the captions' embeddings and on nothing; with
 --optimise the paper's opponent draws too: a search for latents whose picture CLIP likes."""
+import itertools
 import math
 import subprocess
 import sys
@@ -335,6 +336,8 @@ def main():
     if not toy and cfg.controls:
         fail("--controls=True needs the toy world, which has captions")
     gpt, vqgan, clip, options = sample.load(cfg, machine)
+    if cfg.guidances and cfg.cfg is None and options["cfg"] == 1:
+        fail("--guidances=True needs a GPT trained with dropped conditions, which this one is not")
     referee = load_clip(cfg.judge, machine.device, cfg.trust_jit) if cfg.judge else clip
     if toy:
         judge = get_judge(cfg, machine)
@@ -407,20 +410,24 @@ def main():
     pictures = draw((gpt, vqgan), clip_embeddings(clip, some), map(str, range(len(some))), 1, options, machine, cfg,
                     "image")
     judge_row("drawn from held-out pictures' embeddings", pictures, rows, list(groups)[:len(some)])
-    if cfg.gap and not gpt.cfg.classic:
-        means = gpt.means.clone()
+    gaps, means = (0.0, cfg.gap) if cfg.gap and not gpt.cfg.classic else (0.0,), gpt.means.clone()
+    if len(gaps) > 1:
         move_mean(gpt, clip, cfg.gap)
         text_row(f"samples, the texts' embeddings moved by {cfg.gap:g}", (gpt, vqgan), shifted(texts, cfg.gap), options)
-        gpt.means.copy_(means)
-    if cfg.guidances:
-        lines = {"both": [], "unseen pairs": []} if toy else {"retrieval": []}
-        for g in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
-            text_row(f"samples at guidance {g:g}", (gpt, vqgan), texts, options | {"cfg": g})
-            row = table[f"samples at guidance {g:g}"]
-            for name, key in zip(lines, ("both", "unseen") if toy else ("retrieval",)):
-                lines[name].append((g, *(row[key][k] for k in ("share", "low", "high"))))
+    if cfg.guidances:  # twice: as it is, and with the gap
+        key, lines = "both" if toy else "retrieval", {}
+        for gap, g in itertools.product(gaps, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)):
+            name, suffix = f"samples at guidance {g:g}", f", gap {gap:g}" if gap else ""
+            gpt.means.copy_(means)
+            if gap:
+                move_mean(gpt, clip, gap)
+            text_row(name + suffix, (gpt, vqgan), shifted(texts, gap), options | {"cfg": g})
+            for line in (key, "unseen") if toy else (key,):
+                point = table[name + suffix][line]
+                lines.setdefault(line + suffix, []).append((g, *(point[k] for k in ("share", "low", "high"))))
         plot(Path(cfg.out, "guidance.png"), f"match against guidance, n={len(prompts) * cfg.n}, seed {cfg.seed}",
              "classifier-free guidance", lines)
+    gpt.means.copy_(means)
     if cfg.controls:
         _, checkpoint = load_gpt(cfg.gpt, machine.device) if cfg.gpt else fail("--controls=True needs --gpt=FILE")
         dump = str(Path(cfg.out, "caption_tokens"))

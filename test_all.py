@@ -924,7 +924,7 @@ def world(tmp_path_factory):
     said["sample"] = command(HERE / "sample.py", "a red bus", "a blue fish", "--n=2", "--candidates=4", cwd=d).stdout
     (d / "captions.tsv").rename(d / "data/toy/captions.tsv")
     said["evaluate"] = command(HERE / "evaluate.py", "--n=1", "--judge_steps=3", "--controls=True", "--optimise=3",
-                               "--gpt=out/toy/gpt.pt", cwd=d).stdout
+                               "--guidances=True", "--gpt=out/toy/gpt.pt", cwd=d).stdout
     return d, said
 
 
@@ -944,9 +944,11 @@ def test_stages_end_to_end(world):
     assert "best 2 of 4 by CLIP" in said["sample"] and "out/toy/gpt.pt" in said["sample"]
     assert Image.open(d / "out/samples.png").size[0] >= 64 and len(list((d / "out/samples").glob("*.png"))) == 4
     table = json.loads((d / "out/toy/match.json").read_text())["table"]
-    assert len(table) == 14 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
+    assert len(table) == 26 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
     assert table["true training pictures"]["nearest"] == pytest.approx(0, abs=1e-3)
-    for path in ("match.md", "compare.png", "captioned/gpt.pt", "unconditioned/gpt.pt"):
+    assert table["samples at guidance 2"]["both"] == table["samples of the prompts, N=1"]["both"]
+    assert table["samples at guidance 6, gap 0.8"]["both"]["n"] == 96
+    for path in ("match.md", "compare.png", "guidance.png", "captioned/gpt.pt", "unconditioned/gpt.pt"):
         assert (d / "out/toy" / path).stat().st_size > 0
     assert "modality gap" in said["prepare"] and "to their own captions" in said["evaluate"]
 
