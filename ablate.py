@@ -32,7 +32,7 @@ class Config:
     out: str = "out/ablations"          # a folder for each run, ablations.md, ablations.json, noise.png
     only: str = ""                      # of the rows, those with one of these in their name: noise,centred
     seeds: Count = 3                    # runs of each row
-    max_steps: Count = 250              # of the reference; every other row gets the same time
+    max_steps: Count = 160              # of the reference; every other row gets the same time
     vqgan_steps: Count = 900            # of the rows that have a VQGAN of their own
     n: Count = 4                        # pictures of each prompt
     jobs: Count = 2                     # runs at a time, on one thread each

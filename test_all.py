@@ -32,7 +32,8 @@ import sample
 import train_gpt
 import vqgan
 import evaluate
-from model import GPT, MODERN, VQGAN, Discriminator, GPTConfig, Quantizer, VQGANConfig, hinge_loss, pick
+from model import (GPT, MODERN, VQGAN, Discriminator, GPTConfig, Quantizer, VQGANConfig, hinge_loss, pick, rope_2d,
+                   rotate)
 
 HERE = Path(__file__).parent
 PHOTOS = HERE.parent / "shared/data/photos"
@@ -134,6 +135,17 @@ def test_a_modern_part_left_out_is_left_out_alone(part):
         assert not torch.allclose(model(cond, tokens[:, :-1]), full(cond, tokens[:, :-1]), atol=1e-3)
     if part == "zero_init":
         assert tiny_gpt(fill=False, without=part).head.weight.std() > 0.05
+
+
+def test_rotary_positions_turn_pairs_by_row_and_column():
+    x = some(2, 1, 16, 16)
+    y = rotate(x, *rope_2d(4, 16))
+    assert torch.equal(y[:, :, 0], x[:, :, 0])  # the prefix does not turn
+    pairs, turned = (torch.complex(z[..., :8], z[..., 8:]) for z in (x, y))
+    speed = 100 ** -(torch.arange(4) / 4)
+    for i in range(15):
+        angle = torch.cat([i // 4 * speed, i % 4 * speed])
+        assert torch.allclose(turned[:, :, i + 1], pairs[:, :, i + 1] * torch.polar(torch.ones(8), angle), atol=1e-5)
 
 
 def test_embedding_loss_by_hand_and_its_gradient():
