@@ -40,7 +40,7 @@ class Config:
 
 VARIANTS = {  # name: (options of vqgan.py, of prepare.py, of train_gpt.py)
     "reference": ([], [], []),
-    "classic (2022)": ([], [], ["--classic=True", "--muon=False", "--learning_rate=3e-3"]),
+    "classic (2022)": ([], [], ["--classic=True", "--muon=False", "--corrupt=0", "--learning_rate=3e-3"]),
     "AdamW for Muon": ([], [], ["--muon=False", "--learning_rate=3e-3"]),
     "without RMSNorm (LayerNorm)": ([], [], ["--without=rmsnorm"]),
     "without leaving out biases": ([], [], ["--without=no_bias"]),
@@ -84,7 +84,7 @@ def match(cfg, path, judge, clip, machine, gap):
     classic GPT: 1), the texts' embeddings moved by a constant vector of length `gap`."""
     gpt, checkpoint = load_gpt(path, machine.device)
     vqgan = load_vqgan(checkpoint["vqgan"], machine.device)[0]
-    options = sample.settings(sample.Config(), gpt, checkpoint) | {"top_k": 0, "top_p": 1.0}
+    options = sample.settings(sample.Config(), gpt, checkpoint) | {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
     wanted, prompts = evaluate.toy_prompts()
     texts = clip.text(prompts)
     if gap:
@@ -101,8 +101,11 @@ def main():
     machine = Machine("cpu", "float32", training=False)
     clip = load_clip(f"{cfg.models}/clip.pt")
     judge = evaluate.get_judge(evaluate.Config(data=cfg.data, out=cfg.models), machine)
-    parts = cfg.only.split(",")
-    chosen = {k: v for k, v in VARIANTS.items() if k == "reference" or any(part in k for part in parts)}
+    parts = [part for part in cfg.only.split(",") if part]
+    for part in parts:
+        if not any(part in name for name in VARIANTS):
+            fail(f"--only={cfg.only}: no row has '{part}' in its name; the rows are {', '.join(VARIANTS)}")
+    chosen = {k: v for k, v in VARIANTS.items() if k == "reference" or not parts or any(part in k for part in parts)}
     slug = {name: re.sub(r"\W+", "-", name).strip("-") for name in chosen}
 
     def options(name):
@@ -136,10 +139,9 @@ def main():
     def one(job):
         """Train and judge one variant with one seed."""
         seed, name = job
-        out, steps = f"{cfg.out}/{slug[name]}-{seed}", round(cfg.max_steps * speed[name] / 10) * 10
-        if not Path(out, "gpt.pt").exists():
-            stage("train_gpt.py", [*words[name], f"--out={out}", f"--seed={seed}", f"--max_steps={steps}",
-                                   f"--eval_every={steps}"])
+        out, steps = f"{cfg.out}/{slug[name]}-{seed}", max(1, round(cfg.max_steps * speed[name] / 10)) * 10
+        stage("train_gpt.py", [*words[name], f"--out={out}", f"--seed={seed}", f"--max_steps={steps}",
+                               f"--eval_every={steps}"])  # one that is finished says so, one made otherwise is refused
         losses = re.findall(r'"val_loss": ([\d.]+)', Path(out, "gpt.jsonl").read_text())
         with judging:
             plain, moved = (match(cfg, f"{out}/gpt.pt", judge, clip, machine, gap) for gap in (0.0, 0.8))

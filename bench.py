@@ -56,7 +56,7 @@ class Config:
     jpegs: Count = 2048                 # how many to draw
     mib: Count = 1024                   # size of the dump that is read cold, from the disk
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"               # auto: trainers choose, prepare.py in float32, sampling in bfloat16
+    dtype: Dtype = "auto"               # auto: trainers and prepare.py choose, sampling in bfloat16
     compile: Compile = "auto"           # auto: on CUDA with and without; True: with; False: without
 
 
@@ -137,10 +137,11 @@ def sample(cfg, limit):
     dtype = torch.bfloat16 if cfg.dtype == "auto" else machine.dtype
     layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
     numbers, half = sum(math.prod(m.weight.shape) for m in layers), str(dtype)[6:]
-    for compiled, name in kinds(cfg, limit):
+    # on a CPU only as it is: torch.compile does not take weights in oneDNN's own layout
+    for compiled, name in kinds(cfg, limit) if limit["device"] == "cuda" else [(False, "")]:
         if compiled:
             gpt.static = True
-            gpt.run = torch.compile(gpt.run, mode="reduce-overhead" if limit["device"] == "cuda" else None)
+            gpt.run = torch.compile(gpt.run, mode="reduce-overhead")
         for b, guidance in ((1, 1.0), (1, 2.0), (cfg.batch, 1.0), (cfg.batch, 2.0)):
             n = b if guidance == 1 else 2 * b
             cond, uniform = torch.randn(b, 512, device=machine.device), torch.rand(b, t, device=machine.device)
@@ -148,7 +149,7 @@ def sample(cfg, limit):
             for _ in range(1 + compiled):  # compiling is not timed
                 steps, bare = timed(gpt, cond, uniform, guidance, machine, list(zip(layers, inputs)))
             step, cache = sum(steps) / len(steps), cfg.n_layer * n * cfg.n_embd * t  # keys and values, half full
-            size = (numbers + cache) * dtype.itemsize
+            size = numbers * dtype.itemsize + cache * (4 if limit["device"] == "cpu" else dtype.itemsize)
             least = max(size / limit["read"], 2 * numbers * n / limit[half]["products"])
             rows += [row(f"sampling, batch {b}{', guidance' if n > b else ''}, {half}{name}", b / step, "tokens/s",
                          b / bare, "the bare products", memory(machine)),

@@ -234,14 +234,13 @@ def retrieval(clip, pictures, texts, own):
                            "n": len(mine)}, "retrieval": share((cosines.argmax(1) == own).tolist())}
 
 
-def optimise(vqgan, clip, texts, marks, seed):
+def optimise(vqgan, clip, texts, marks, side, seed):
     """The opponent: latents whose picture CLIP finds like the text, by gradient (VQGAN-CLIP, Crowson et al. 2022): Adam
     through codebook (straight-through), decoder and CLIP, on 16 random crops of each picture, flips and noise.
 
-    texts (P, D) are worked on together; marks are seconds a picture. Returns uint8 (P, S, S, 3) for each mark."""
-    vcfg, rng = vqgan.cfg, torch.Generator().manual_seed(seed)
-    side, count, crops, out = vcfg.image_size // vcfg.factor, len(texts), 16, []
-    start = torch.randint(vcfg.codes, (count, side, side), generator=rng).to(texts.device)
+    texts (P, D) are worked on together; marks are seconds a picture, side that of the token grid. Returns uint8 (P, S, S, 3) for each mark."""
+    rng, count, crops, out = torch.Generator().manual_seed(seed), len(texts), 16, []
+    start = torch.randint(vqgan.cfg.codes, (count, side, side), generator=rng).to(texts.device)
     z = vqgan.quantize.lookup(start).clone().requires_grad_()                          # (P, d, h, w)
     optimizer, begun = torch.optim.Adam([z], 0.1), time.time()
     while True:
@@ -333,11 +332,17 @@ def main():
     toy = Path(cfg.data, "world.json").is_file() and Path(cfg.data, "captions.tsv").is_file()
     if not toy and not cfg.texts:
         fail(f"{cfg.data} is no toy world (no captions.tsv); draw one with toy.py, or give prompts, --texts=FILE")
-    if not toy and cfg.controls:
-        fail("--controls=True needs the toy world, which has captions")
+    if toy and cfg.texts:
+        fail("--texts is for other pictures than the toy world, whose prompts are its own; name them with --data")
+    if cfg.controls and not (toy and cfg.gpt):
+        fail("--controls=True needs the toy world, which has captions, and --gpt=FILE")
+    if cfg.optimise == 1:
+        fail("--optimise=1 is too few to compare; it takes 0 or from 2 prompts on")
     gpt, vqgan, clip, options = sample.load(cfg, machine)
-    if cfg.guidances and cfg.cfg is None and options["cfg"] == 1:
-        fail("--guidances=True needs a GPT trained with dropped conditions, which this one is not")
+    if cfg.guidances and options["cfg"] == 1:
+        fail("--guidances=True needs a GPT trained with dropped conditions, and another --cfg than 1")
+    if cfg.controls and gpt.cfg.classic:
+        fail("--controls=True needs a GPT that is not classic, one that can do without its condition")
     referee = load_clip(cfg.judge, machine.device, cfg.trust_jit) if cfg.judge else clip
     if toy:
         judge = get_judge(cfg, machine)
@@ -361,7 +366,7 @@ def main():
     def features(pictures):
         found = in_parts(lambda x: judge.features(x.to(machine.device)), pictures) if toy else \
             clip_embeddings(referee, pictures)
-        return found.double().cpu().numpy()
+        return found.cpu().double().numpy()
     texts, own = clip.text(prompts), np.arange(len(prompts)).repeat(cfg.n)
     theirs = texts if referee is clip else referee.text(prompts)
     enough = min(len(held) // 2, len(prompts) * cfg.n)  # as many pictures in every Frechet distance
@@ -429,7 +434,7 @@ def main():
              "classifier-free guidance", lines)
     gpt.means.copy_(means)
     if cfg.controls:
-        _, checkpoint = load_gpt(cfg.gpt, machine.device) if cfg.gpt else fail("--controls=True needs --gpt=FILE")
+        checkpoint = load_gpt(cfg.gpt, machine.device)[1]
         dump = str(Path(cfg.out, "caption_tokens"))
         caption_dump(cfg, checkpoint["config"]["data"], clip, dump)
         captioned, nothing = (f"control: the same GPT trained on {what}" for what in ("captions", "nothing"))
@@ -447,7 +452,7 @@ def main():
             draw((gpt, vqgan), texts[:1], [str(i)], 1, options, machine, cfg)
         one, parts, bar = (time.time() - begun) / 10, [], Progress(len(chosen), unit="prompt optimised")
         for some in np.array_split(chosen, -(-len(chosen) // 8)):
-            parts.append(optimise(vqgan, clip, texts[some], (10 * one, 100 * one), cfg.seed))
+            parts.append(optimise(vqgan, clip, texts[some], (10 * one, 100 * one), gpt.cfg.grid, cfg.seed))
             bar(len(some))
         what = wanted and [wanted[i] for i in chosen]
         judge_row(f"our first pictures of {len(chosen)} prompts, {one * 1e3:.0f} ms each", made[chosen * cfg.n], what,

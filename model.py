@@ -462,9 +462,9 @@ class GPT(nn.Module):
         """CLIP embeddings (B, D) of any length -> what the prefix is made of (B, D).
 
         Unit length, minus the modality's mean, unit length again: pictures and texts lie around two different means
-        (Liang et al. 2022), and this brings them onto each other. In training a direction `noise` (B, D), whose length
-        is the noise level s, is added and the result renormalised: c = norm(c + s e/|e|) (Zhou et al. 2022). Classic
-        takes the raw unit embedding.
+        (Liang et al. 2022), and this brings them onto each other. In training `noise` (B, D) is added and the result
+        renormalised: c = norm(c + s e/|e| + spread), s the noise level (Zhou et al. 2022) and spread what pictures of
+        one meaning differ by (train_gpt.neighbour_spread). Classic takes the raw unit embedding.
         """
         c = F.normalize(embedding.float(), dim=-1)
         if not self.cfg.classic:

@@ -205,7 +205,7 @@ def join(out, parts, splits, cfg, made, side, codes, clip, dtype, machine):
         **made, "train_rows": rows["train"], "val_rows": rows["val"], "tokens": side ** 2,
         "grid": side, "codes": codes, "tokens_dtype": np.dtype(dtype).name,
         "clip_dim": clip.dim, "clip_dtype": "float16", "files": files, "image_mean": (total / rows["train"]).tolist(),
-        "text_mean": texts.double().mean(0).tolist(), "skipped_count": len(skipped), "skipped": skipped}
+        "text_mean": texts.cpu().double().mean(0).tolist(), "skipped_count": len(skipped), "skipped": skipped}
     meta = json.loads(json.dumps(meta))  # as it will be read back
     write_json(out / "meta.json", meta | {"digest": digest(meta)})
     shutil.rmtree(parts)

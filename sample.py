@@ -83,7 +83,9 @@ def load(cfg, machine):
     """The three networks and the sampling options (gpt, vqgan, clip, options), which are checked to go together."""
     path = cfg.gpt
     if not path:
-        found = sorted(Path("out").glob("**/gpt.pt"), key=lambda p: p.stat().st_mtime)
+        others = {"captioned", "unconditioned", "ablations"}  # trained by evaluate.py and ablate.py, for comparison
+        found = sorted((p for p in Path("out").glob("**/gpt.pt") if not others & set(p.parts)),
+                       key=lambda p: p.stat().st_mtime)
         path = found[-1] if found else fail("there is no finished GPT under out/; run make demo, or train_gpt.py")
     gpt, meta = load_gpt(path, machine.device)
     if machine.dtype != torch.float32:

@@ -1577,6 +1577,23 @@ def test_slow_memory_is_flat_over_100_000_batches(tmp_path):
     assert grows(tmp_path, 100_000) < 2 ** 20
 
 
+@slow
+def test_slow_memory_is_flat_over_rows_prepared(world, tmp_path):
+    """Ten times the rows, through the same stages, want no more memory."""
+    d, most = world[0], []
+    for n in (200, 2000):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for i in range(n):
+            Image.new("RGB", (40, 32), (i % 256, i // 256, 99)).save(folder / f"{i}.png")
+        child = subprocess.Popen([sys.executable, HERE / "prepare.py", f"--data={folder}", f"--out={tmp_path}/d{n}",
+                                  "--crops=40", "--chunk=50"], cwd=d, stdout=subprocess.DEVNULL)
+        assert os.waitstatus_to_exitcode((ended := os.wait4(child.pid, 0))[1]) == 0
+        most.append(ended[2].ru_maxrss * 1024)
+    assert json.loads((tmp_path / "d2000/meta.json").read_text())["train_rows"] > 75_000
+    assert most[1] - most[0] < 32 * 2 ** 20
+
+
 def test_bench_times_sampling_and_refuses_unknown_parts(tmp_path, capsys):
     import bench
     cfg = bench.Config(n_layer=2, n_head=4, n_embd=64, grid=4, codes=48, batch=2)

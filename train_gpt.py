@@ -66,7 +66,8 @@ class Config:
 
 PRESETS = {  # for --preset
     "paper": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "classic": True, "batch_size": 256, "max_steps": 300000,
-              "muon": False, "learning_rate": 3e-4, "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
+              "muon": False, "corrupt": 0.0, "learning_rate": 3e-4, "warmup": 2000, "ema": 0.9999,
+              "eval_every": 5000},
     "24gb": {"n_layer": 16, "n_head": 16, "n_embd": 1024, "batch_size": 256, "accumulate": 8, "max_steps": 200000,
              "muon": False, "learning_rate": 6e-4, "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
 }
@@ -115,7 +116,7 @@ def neighbour_spread(model, clip, seed, share=0.01, anchors=256, most=50000):
         near = c[(c @ c[i]).topk(min(k, len(c))).indices]                                          # (k, D)
         near = near - near.mean(0)
         covariance += near.T @ near / max(1, len(near) - 1) / len(some)
-    values, vectors = np.linalg.eigh(covariance.double().cpu().numpy())
+    values, vectors = np.linalg.eigh(covariance.cpu().double().numpy())
     return torch.from_numpy((np.sqrt(np.maximum(values, 0))[:, None] * vectors.T).astype(np.float32))
 
 
@@ -232,8 +233,8 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
         loss = machine.sum(total).item() / machine.world
         good = math.isfinite(loss + norm.item())
-        run.skip(step, good or scaler.is_enabled())  # a scaler skips such steps itself, and lowers its scale
-        if good or scaler.is_enabled():
+        run.skip(step, good or scaler.is_enabled())  # to a scaler such a step only says that its scale is too high
+        if good:
             for opt in opts.values():
                 scaler.step(opt)
         scaler.update()

@@ -15,9 +15,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from common import (Amount, AutoWhole, Compile, Count, Device, Dtype, Machine, Muon, Pictures, Progress, Run, Share, Whole,
-                    Zoom, centre_crops, configure, crop, digest, fail, learning_rate, load_clip, millions, resized,
-                    save_grid, split_names, to_image, to_tensor)
+from common import (Amount, AutoWhole, Compile, Count, Device, Dtype, Machine, Muon, Pictures, Progress, Run, Share,
+                    Whole, Zoom, centre_crops, configure, crop, digest, fail, learning_rate, load_clip, millions,
+                    resized, save_grid, split_names, to_image, to_tensor)
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
 
 Preset = Literal["", "paper", "24gb"]
@@ -259,8 +259,8 @@ def main():
         scaler.unscale_(opts["adam"])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
         good = math.isfinite(machine.sum(loss.detach().clone()).item() + norm.item())
-        run.skip(step, good or scaler.is_enabled())  # a scaler skips such steps itself, and lowers its scale
-        if good or scaler.is_enabled():
+        run.skip(step, good or scaler.is_enabled())  # to a scaler such a step only says that its scale is too high
+        if good:
             scaler.step(opts["muon"])
             scaler.step(opts["adam"])
         if adversarial:
