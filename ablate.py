@@ -32,7 +32,7 @@ class Config:
     out: str = "out/ablations"          # a folder for each run, ablations.md, ablations.json, noise.png
     only: str = ""                      # of the rows, those with one of these in their name: noise,centred
     seeds: Count = 3                    # runs of each row
-    max_steps: Count = 160              # of the reference; every other row gets the same time
+    max_steps: Count = 80               # of the reference; every other row gets the same time
     vqgan_steps: Count = 900            # of the rows that have a VQGAN of their own
     n: Count = 4                        # pictures of each prompt
     jobs: Count = 2                     # runs at a time, on one thread each
@@ -42,11 +42,7 @@ VARIANTS = {  # name: (options of vqgan.py, of prepare.py, of train_gpt.py)
     "reference": ([], [], []),
     "classic (2022)": ([], [], ["--classic=True", "--muon=False", "--corrupt=0", "--learning_rate=3e-3"]),
     "AdamW for Muon": ([], [], ["--muon=False", "--learning_rate=3e-3"]),
-    "without RMSNorm (LayerNorm)": ([], [], ["--without=rmsnorm"]),
-    "without leaving out biases": ([], [], ["--without=no_bias"]),
-    "without normalised queries and keys": ([], [], ["--without=qk_norm"]),
     "without ReLU² (GELU)": ([], [], ["--without=relu2"]),
-    "without 2-D rotary positions (learned)": ([], [], ["--without=rope"]),
     "without zero-initialised outputs": ([], [], ["--without=zero_init"]),
     "noise 0": ([], [], ["--noise=0"]),
     "noise 0.25": ([], [], ["--noise=0.25"]),

@@ -326,7 +326,7 @@ class GPTConfig:
     n_layer: int = 24
     n_head: int = 16
     n_embd: int = 1024
-    classic: bool = False     # the 2022 recipe: learned positions, LayerNorm, GELU, biases, raw embedding as the prefix
+    classic: bool = False     # the 2022 network: GELU, and the raw embedding as the prefix
     without: str = ""         # one of MODERN to do without, for ablations
 
     def modern(self, part):
@@ -334,37 +334,14 @@ class GPTConfig:
         return not self.classic and self.without != part
 
 
-# What the default changes in the network of 2022: RMSNorm without weights, no biases, normalised queries and keys,
-# ReLU^2 for GELU, 2-D rotary positions, zero-initialised output projections.
-MODERN = ("rmsnorm", "no_bias", "qk_norm", "relu2", "rope", "zero_init")
-
-
-def rms_norm(x):
-    return F.rms_norm(x, (x.shape[-1],))
-
-
-def norm(cfg):
-    return rms_norm if cfg.modern("rmsnorm") else nn.LayerNorm(cfg.n_embd)
+# What the default changes in the network of 2022: ReLU^2 for GELU (So et al. 2021), and matrices that start at the scale
+# that keeps variances, but for the last of each block and the head, which start at zero.
+MODERN = ("relu2", "zero_init")
 
 
 def relu2(x):
     x = F.relu(x)
     return x * x  # square() goes through pow(), which is slow in bfloat16 on a CPU
-
-
-def rope_2d(grid, head_dim, base=100.0):
-    """cos and sin (grid*grid, head_dim) of 2-D rotary positions: half of the pairs turn with the row, half with the
-    column (Su et al. 2021). Position 0 is the prefix and does not turn; position i+1 is token i of the grid."""
-    freqs = base ** -(torch.arange(head_dim // 4) / (head_dim // 4))                    # (hd/4,)
-    i = torch.arange(grid * grid - 1)
-    angle = torch.cat([(i // grid)[:, None] * freqs, (i % grid)[:, None] * freqs], 1)  # (T-1, hd/2)
-    angle = F.pad(angle, (0, 0, 1, 0))                                                 # (T, hd/2)
-    return torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1)
-
-
-def rotate(x, cos, sin):
-    """Each pair (a, b), which lie half a head apart in x (..., hd) -> (a cos - b sin, b cos + a sin)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class PackedLinear(nn.Module):
@@ -388,30 +365,22 @@ class PackedLinear(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the stream.
-
-    Modern: RMSNorm without weights, no biases, normalised queries and keys, ReLU^2. Classic: LayerNorm, biases, GELU.
-    """
+    """Attention and MLP, each behind a norm and added to the stream."""
 
     def __init__(self, cfg):
         super().__init__()
-        c, self.n_head, bias = cfg.n_embd, cfg.n_head, not cfg.modern("no_bias")
-        self.ln_1, self.ln_2 = (norm(cfg) for _ in range(2))
-        self.qkv = nn.Linear(c, 3 * c, bias=bias)
-        self.proj = nn.Linear(c, c, bias=bias)
-        self.fc = nn.Linear(c, 4 * c, bias=bias)
-        self.fc_out = nn.Linear(4 * c, c, bias=bias)
-        self.qk_norm = rms_norm if cfg.modern("qk_norm") else nn.Identity()
+        c, self.n_head = cfg.n_embd, cfg.n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(c), nn.LayerNorm(c)
+        self.qkv, self.proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
+        self.fc, self.fc_out = nn.Linear(c, 4 * c), nn.Linear(4 * c, c)
         self.act = relu2 if cfg.modern("relu2") else F.gelu
 
-    def forward(self, x, rope, cache=None, pos=0):
+    def forward(self, x, cache=None, pos=0):
         b, t, c = x.shape
         qkv = self.qkv(self.ln_1(x))                                                            # (B, t, 3C)
         if cache is not None:
             qkv = qkv.to(cache[0].dtype)  # once here, or each small step to come would convert
-        qkv = qkv.view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)                         # (3, B, H, t, hd)
-        qk, v = self.qk_norm(qkv[:2]), qkv[2]
-        q, k = qk if rope is None else rotate(qk, *rope)                                        # (B, H, t, hd) each
+        q, k, v = qkv.view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()            # (B, H, t, hd) each
         if cache is None:
             y = attend(q, k, v, is_causal=True)                                                 # (B, H, t, hd)
         elif isinstance(pos, int):  # t is 1: write this position, look at all up to it
@@ -435,24 +404,22 @@ class GPT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        assert cfg.n_embd % cfg.n_head == 0 and (cfg.classic or (cfg.n_embd // cfg.n_head) % 4 == 0)
+        assert cfg.n_embd % cfg.n_head == 0
         self.cfg = cfg
         c = cfg.n_embd
         self.tok_emb = nn.Embedding(cfg.codes, c)
-        self.cond_proj = nn.Linear(cfg.cond_dim, c, bias=not cfg.modern("no_bias"))
+        self.cond_proj = nn.Linear(cfg.cond_dim, c)
         self.null = None if cfg.classic else nn.Parameter(torch.zeros(c))  # stands in for a dropped condition
-        self.pos_emb = None if cfg.modern("rope") else nn.Parameter(torch.zeros(cfg.grid ** 2, c))
+        self.pos_emb = nn.Parameter(torch.zeros(cfg.grid ** 2, c))  # of the prefix and all tokens but the last
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.ln_f = norm(cfg)
-        self.head = nn.Linear(c, cfg.codes, bias=not cfg.modern("no_bias"))
+        self.ln_f = nn.LayerNorm(c)
+        self.head = nn.Linear(c, cfg.codes)
         self.register_buffer("means", torch.zeros(2, cfg.cond_dim))
-        if cfg.modern("rope"):
-            cos, sin = rope_2d(cfg.grid, c // cfg.n_head)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 nn.init.normal_(p, std=0.02 if "emb" in name or cfg.classic else c ** -0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
         self.static = False  # decode in shapes that stay the same, see `run`
         last = [self.head, *(layer for b in self.blocks for layer in (b.proj, b.fc_out))]
         for layer in last if cfg.modern("zero_init") or cfg.classic else ():
@@ -481,15 +448,10 @@ class GPT(nn.Module):
     def run(self, x, pos=0, caches=None):
         """Embedded inputs (B, t, C) at positions pos.. -> logits (B, t, K). With caches t is 1, and pos may be a tensor
         (1,) instead of a number, which gives every position the same shapes."""
-        rows, rope = slice(pos, pos + x.shape[1]) if isinstance(pos, int) else pos, None
-        if self.pos_emb is not None:
-            x = x + self.pos_emb[rows]
-        else:
-            rope = self.cos[rows], self.sin[rows]                                               # (t, hd) each
-        if self.cfg.modern("rmsnorm"):
-            x = rms_norm(x)
+        rows = slice(pos, pos + x.shape[1]) if isinstance(pos, int) else pos
+        x = x + self.pos_emb[rows]                                                              # (B, t, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, None if caches is None else caches[i], pos)
+            x = block(x, None if caches is None else caches[i], pos)
         return self.head(self.ln_f(x))
 
     def forward(self, cond, tokens, drop=None):

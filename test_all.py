@@ -32,8 +32,7 @@ import sample
 import train_gpt
 import vqgan
 import evaluate
-from model import (GPT, MODERN, VQGAN, Discriminator, GPTConfig, Quantizer, VQGANConfig, hinge_loss, pick, rope_2d,
-                   rotate)
+from model import GPT, MODERN, VQGAN, Discriminator, GPTConfig, Quantizer, VQGANConfig, hinge_loss, pick
 
 HERE = Path(__file__).parent
 PHOTOS = HERE.parent / "shared/data/photos"
@@ -125,27 +124,12 @@ def test_a_modern_part_left_out_is_left_out_alone(part):
     with torch.no_grad():
         plain, null = (model(cond, tokens[:, :-1], torch.full((3,), drop)) for drop in (False, True))
     assert torch.allclose(torch.stack(seen, 1), null + 2 * (plain - null), atol=1e-4)
-    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, full)]
-    more = {k for k in shapes[0] if k not in shapes[1]}
-    assert not shapes[1].keys() - shapes[0].keys()
-    assert {"rmsnorm": "ln_", "no_bias": "bias", "rope": "pos_emb"}.get(part, "none") in " ".join(more or {"none"})
-    assert bool(more) == (part in ("rmsnorm", "no_bias", "rope"))
-    if part not in ("rmsnorm", "no_bias", "rope", "zero_init"):
-        model.load_state_dict(full.state_dict())
-        assert not torch.allclose(model(cond, tokens[:, :-1]), full(cond, tokens[:, :-1]), atol=1e-3)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in full.state_dict().items()}
     if part == "zero_init":
         assert tiny_gpt(fill=False, without=part).head.weight.std() > 0.05
-
-
-def test_rotary_positions_turn_pairs_by_row_and_column():
-    x = some(2, 1, 16, 16)
-    y = rotate(x, *rope_2d(4, 16))
-    assert torch.equal(y[:, :, 0], x[:, :, 0])  # the prefix does not turn
-    pairs, turned = (torch.complex(z[..., :8], z[..., 8:]) for z in (x, y))
-    speed = 100 ** -(torch.arange(4) / 4)
-    for i in range(15):
-        angle = torch.cat([i // 4 * speed, i % 4 * speed])
-        assert torch.allclose(turned[:, :, i + 1], pairs[:, :, i + 1] * torch.polar(torch.ones(8), angle), atol=1e-5)
+    model.load_state_dict(full.state_dict())
+    same = torch.allclose(model(cond, tokens[:, :-1]), full(cond, tokens[:, :-1]), atol=1e-3)
+    assert same == (part == "zero_init")
 
 
 def test_embedding_loss_by_hand_and_its_gradient():
@@ -796,9 +780,8 @@ def test_openais_own_archives_need_no_trust(tmp_path, monkeypatch, capsys):
 
 def test_presets_have_the_parameters_counted_by_hand():
     def gpt(k, t, d, n, c, classic):  # embeddings, prefix, blocks, head
-        block = 12 * c * c + (13 * c if classic else 0)
-        return k * c + (d * c + c) + (t * c if classic else 0) + n * block + (2 * c if classic else 0) + c * k + \
-            (k if classic else 0)
+        null = 0 if classic else c
+        return k * c + (d * c + c) + null + t * c + n * (12 * c * c + 13 * c) + 2 * c + (c * k + k)
     for name, classic in (("paper", True), ("24gb", False)):
         cfg = common.configure(train_gpt.Config, [f"--preset={name}"], train_gpt.PRESETS)
         with torch.device("meta"):
