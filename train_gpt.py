@@ -47,7 +47,7 @@ class Config:
     corrupt: Share = 0.1                # of the tokens it reads are another picture's
     recon: Amount = 0.0                 # weight of the paper's embedding-reconstruction loss, on an eighth of the rows
     # training
-    max_steps: Count = 300              # training steps
+    max_steps: Count = 450              # training steps
     batch_size: Count = 128             # rows a step, over all processes and accumulated parts
     accumulate: Count = 1               # parts that a process's share of the batch is cut into
     muon: bool = True                   # the blocks' matrices learn by Muon; False: all by AdamW, as in 2022
@@ -56,7 +56,7 @@ class Config:
     weight_decay: Amount = 0.1          # on matrices that AdamW moves
     grad_clip: Amount = 1.0             # largest gradient norm, 0 is none
     ema: Share = 0.99                   # decay of the moving average of the weights, which is what sampling uses
-    eval_every: Count = 100             # steps between evaluations, each with a checkpoint and grid.png
+    eval_every: Count = 150             # steps between evaluations, each with a checkpoint and grid.png
     eval_rows: Count = 1024             # validation rows, always the same
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
