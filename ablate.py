@@ -34,7 +34,7 @@ class Config:
     seeds: Count = 3                    # runs of each row
     max_steps: Count = 80               # of the reference; every other row gets the same time
     vqgan_steps: Count = 900            # of the rows that have a VQGAN of their own
-    n: Count = 4                        # pictures of each prompt
+    n: Count = 2                        # pictures of each prompt
     jobs: Count = 2                     # runs at a time, on one thread each
 
 
