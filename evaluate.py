@@ -238,7 +238,8 @@ def optimise(vqgan, clip, texts, marks, side, seed):
     """The opponent: latents whose picture CLIP finds like the text, by gradient (VQGAN-CLIP, Crowson et al. 2022): Adam
     through codebook (straight-through), decoder and CLIP, on 16 random crops of each picture, flips and noise.
 
-    texts (P, D) are worked on together; marks are seconds a picture, side that of the token grid. Returns uint8 (P, S, S, 3) for each mark."""
+    texts (P, D) are worked on together; marks are seconds a picture, side that of the token grid. Returns uint8
+    (P, S, S, 3) for each mark."""
     rng, count, crops, out = torch.Generator().manual_seed(seed), len(texts), 16, []
     start = torch.randint(vqgan.cfg.codes, (count, side, side), generator=rng).to(texts.device)
     z = vqgan.quantize.lookup(start).clone().requires_grad_()                          # (P, d, h, w)

@@ -334,8 +334,8 @@ class GPTConfig:
         return not self.classic and self.without != part
 
 
-# What the default changes in the network of 2022: ReLU^2 for GELU (So et al. 2021), and matrices that start at the scale
-# that keeps variances, but for the last of each block and the head, which start at zero.
+# What the default changes in the network of 2022: ReLU^2 for GELU (So et al. 2021), and matrices that start at the
+# scale that keeps variances, but for the last of each block and the head, which start at zero.
 MODERN = ("relu2", "zero_init")
 
 
