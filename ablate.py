@@ -21,7 +21,7 @@ import torch
 import evaluate
 import sample
 from common import Count, Machine, configure, fail, load_clip, load_gpt, load_vqgan, whole, write_json
-from toy import COLOURS, OBJECTS
+from toy import COLOURS, OBJECTS, read_world
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Config:
     only: str = ""                      # of the rows, those with one of these in their name: noise,centred
     seeds: Count = 3                    # runs of each row
     max_steps: Count = 80               # of the reference; every other row gets the same time
-    vqgan_steps: Count = 900            # of the rows that have a VQGAN of their own
+    vqgan_steps: Count = 600            # of the rows that have a VQGAN of their own
     n: Count = 2                        # pictures of each prompt
     jobs: Count = 2                     # runs at a time, on one thread each
 
@@ -42,8 +42,7 @@ VARIANTS = {  # name: (options of vqgan.py, of prepare.py, of train_gpt.py)
     "reference": ([], [], []),
     "classic (2022)": ([], [], ["--classic=True", "--muon=False", "--corrupt=0", "--learning_rate=3e-3"]),
     "AdamW for Muon": ([], [], ["--muon=False", "--learning_rate=3e-3"]),
-    "without ReLU² (GELU)": ([], [], ["--without=relu2"]),
-    "without zero-initialised outputs": ([], [], ["--without=zero_init"]),
+    "without zero-initialised outputs": ([], [], ["--zero_init=False"]),
     "noise 0": ([], [], ["--noise=0"]),
     "noise 0.25": ([], [], ["--noise=0.25"]),
     "noise 1": ([], [], ["--noise=1"]),
@@ -52,7 +51,7 @@ VARIANTS = {  # name: (options of vqgan.py, of prepare.py, of train_gpt.py)
     "not centred": ([], [], ["--center=False"]),
     "no wrong tokens to read": ([], [], ["--corrupt=0"]),
     "embedding-reconstruction loss 0.1": ([], [], ["--recon=0.1"]),
-    "1 crop a picture": ([], ["--crops=1"], []),
+    "2 crops a picture": ([], ["--crops=2"], []),
     "4 crops a picture": ([], ["--crops=4"], []),
     "256 codes": (["--codes=256"], [], []),
     "4096 codes": (["--codes=4096"], [], []),
@@ -70,25 +69,26 @@ def stage(name, words, threads=1):
     return done.stdout
 
 
-def alike(tokenizer, prepare, words):
+def alike(tokenizer, words):
     """Whether a row's steps take as long as the reference's: its numbers differ, but not its shapes."""
     return not tokenizer and all(w.split("=")[0] in ("--noise", "--spread", "--center", "--corrupt") for w in words)
 
 
-def match(cfg, path, judge, clip, machine, gap):
-    """Share of right object and colour, all pairs and unseen ones, of n pictures of each prompt at guidance 2 (a
-    classic GPT: 1), the texts' embeddings moved by a constant vector of length `gap`."""
+def judged(cfg, path, judge, clip, machine, held):
+    """What n pictures of each prompt are worth, at guidance 3 (a classic GPT: 1): the shares of right object and
+    colour, of all pairs and the unseen ones, and with the texts' embeddings moved by a constant vector of length 0.8;
+    the Frechet distance to the features of the held-out drawings."""
     gpt, checkpoint = load_gpt(path, machine.device)
     vqgan = load_vqgan(checkpoint["vqgan"], machine.device)[0]
     options = sample.settings(sample.Config(), gpt, checkpoint) | {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
     wanted, prompts = evaluate.toy_prompts()
-    texts = clip.text(prompts)
-    if gap:
-        evaluate.move_mean(gpt, clip, gap)
-        texts = evaluate.shifted(texts, gap)
-    made = evaluate.draw((gpt, vqgan), texts, prompts, cfg.n, options, machine, evaluate.Config())
-    found = evaluate.match(judge, made, [w for w in wanted for _ in range(cfg.n)], machine)
-    return found["both"]["share"], found["unseen"]["share"]
+    texts, wanted = clip.text(prompts), [w for w in wanted for _ in range(cfg.n)]
+    gaps = {0.0: gpt, 0.8: evaluate.with_gap(gpt, clip, 0.8)}
+    plain, moved = (evaluate.draw((net, vqgan), evaluate.shifted(texts, gap), prompts, cfg.n, options, machine,
+                                  evaluate.Config()) for gap, net in gaps.items())
+    right, after = (evaluate.match(judge, made, wanted, machine) for made in (plain, moved))
+    return {"both": right["both"]["share"], "unseen": right["unseen"]["share"], "moved": after["both"]["share"],
+            "frechet": evaluate.frechet(evaluate.judge_features(judge, plain, machine), held)}
 
 
 def main():
@@ -97,6 +97,7 @@ def main():
     machine = Machine("cpu", "float32", training=False)
     clip = load_clip(f"{cfg.models}/clip.pt")
     judge = evaluate.get_judge(evaluate.Config(data=cfg.data, out=cfg.models), machine)
+    held = evaluate.judge_features(judge, read_world(cfg.data, "heldout")[0], machine)
     parts = [part for part in cfg.only.split(",") if part]
     for part in parts:
         if not any(part in name for name in VARIANTS):
@@ -121,7 +122,7 @@ def main():
     words = {name: options(name) for name in chosen}
     known = Path(cfg.out, "speed.json")
     speed = json.loads(known.read_text()) if known.exists() else {}
-    speed |= {name: 1.0 for name in chosen if alike(*chosen[name])}
+    speed |= {name: 1.0 for name in chosen if alike(chosen[name][0], chosen[name][2])}
     new = [name for name in chosen if name not in speed]
     rates = {name: [] for name in ["reference", *new]}
     for _ in range(3 if new else 0):  # in turn, so that a slow moment of the machine hits all alike
@@ -140,25 +141,26 @@ def main():
                                f"--eval_every={steps}"])  # one that is finished says so, one made otherwise is refused
         losses = re.findall(r'"val_loss": ([\d.]+)', Path(out, "gpt.jsonl").read_text())
         with judging:
-            plain, moved = (match(cfg, f"{out}/gpt.pt", judge, clip, machine, gap) for gap in (0.0, 0.8))
-        print(f"{name}, seed {seed}: validation loss {losses[-1]}, right {plain[0]:.1%}, moved by 0.8 {moved[0]:.1%}",
-              flush=True)
-        return {"name": name, "seed": seed, "steps": steps, "val_loss": float(losses[-1]), "both": plain[0],
-                "unseen": plain[1], "moved": moved[0]}
+            found = judged(cfg, f"{out}/gpt.pt", judge, clip, machine, held)
+        print(f"{name}, seed {seed}: validation loss {losses[-1]}, right {found['both']:.1%}, Frechet distance "
+              f"{found['frechet']:.0f}", flush=True)
+        return {"name": name, "seed": seed, "steps": steps, "val_loss": float(losses[-1])} | found
 
     jobs = [(seed, name) for seed in range(cfg.seeds) for name in chosen]
     with ThreadPoolExecutor(cfg.jobs) as pool:
         runs = list(pool.map(one, jobs))
-    columns = {"val_loss": "validation loss", "both": "object and colour", "unseen": "unseen pairs",
-               "moved": "object and colour, gap 0.8"}
-    lines = ["| variant | steps in the same time | " + " | ".join(columns.values()) + " |", "| --- |" + " --- |" * 5]
+    columns = {"val_loss": ("validation loss", 1, 3), "both": ("object and colour", 100, 1),  # title, times, digits
+               "unseen": ("unseen pairs", 100, 1), "moved": ("object and colour, gap 0.8", 100, 1),
+               "frechet": ("Fréchet distance", 1, 0)}
+    titles = [title for title, _, _ in columns.values()]
+    lines = ["| variant | steps in the same time | " + " | ".join(titles) + " |", "| --- |" + " --- |" * 6]
     for name in chosen:
         mine = [r for r in runs if r["name"] == name]
         cells = []
-        for key in columns:
-            values = [r[key] * (1 if key == "val_loss" else 100) for r in mine]
-            spread = f" ± {statistics.stdev(values):.{3 if key == 'val_loss' else 1}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{3 if key == 'val_loss' else 1}f}{spread}")
+        for key, (_, times, digits) in columns.items():
+            values = [r[key] * times for r in mine]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
         lines.append(f"| {name} | {mine[-1]['steps']} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
     with whole(Path(cfg.out, "ablations.md")) as f:

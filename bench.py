@@ -26,6 +26,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import prepare
+import toy
 import train_gpt
 import vqgan
 from common import (AutoCount, Compile, Count, Device, Dtype, Machine, Pictures, clip_package, configure, digest, fail,
@@ -193,6 +194,10 @@ def make_data(cfg):
         for i in range(n):
             noise = Image.fromarray(rng.integers(256, size=(15, 20, 3), dtype=np.uint8))
             noise.resize((320, 240), Image.Resampling.BICUBIC).save(data / folder / f"{i:05d}.jpg", quality=90)
+    for folder in ("train", "unseen"):
+        (data / folder).mkdir()
+    for i in range(500):
+        toy.draw_one(data, 0, i, 64, "train")
     for name, shape in CLIPS.items():
         torch.save(clip_package()[0].CLIP(*shape).state_dict(), data / f"{name}.clip")
     cheap = VQGANConfig(16 * cfg.grid, 16, 32, (1,), 0, (), 32, cfg.codes, 8, True)
@@ -244,12 +249,13 @@ def vqgans(cfg, limit):
     times, CLIP's 3 (two forward, one back to the pixels), the discriminator's 7 (two forward, one back, twice two)."""
     data, rows, n = Path(cfg.out, "data"), [], cfg.pictures or (32 if limit["device"] == "cuda" else 4)
     large = vqgan.F16 | {"image_size": cfg.pixels, "disc_start": 0, "batch_size": n, "max_steps": cfg.steps}
-    for name, options in (("vit", large), ("toy", {"max_steps": 9})):
-        options |= {"vq_start": 0, "data": data / "jpegs", "clip": data / f"{name}.clip"}
+    for name, pictures, options in (("vit", "jpegs", large), ("toy", "train", {"max_steps": 20})):
+        options |= {"vq_start": 0, "clip": data / f"{name}.clip", "data": data / pictures}
         c, flops = vqgan.Config(**options), 0
         shape = vqgan.check(c, ONE)
         with torch.device("meta"):  # shapes alone, nothing is computed
-            net, clip = VQGAN(shape), clip_package()[0].CLIP(*CLIPS[name]).visual
+            net = VQGAN(shape)
+            clip = vqgan.perceptual_features(clip_package()[0].CLIP(*CLIPS[name]).visual.eval())
             for times, run, size in ((3, lambda x: net(x, quantized=False), c.image_size), (3, clip, CLIPS[name][1]),
                                      (7 if "disc_start" in options else 0, Discriminator(), c.image_size)):
                 with FlopCounterMode(display=False) as counter:

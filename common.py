@@ -278,13 +278,16 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike = {}  # matrices of one shape go through the iteration together
             for p in (p for p in group["params"] if p.grad is not None):
-                g = p.grad.movedim(1, -1).flatten(1)                                     # no copy if channels-last
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(g))
-                momentum.lerp_(g, 1 - group["momentum"])
-                alike.setdefault(g.shape, []).append((p, g.lerp(momentum, group["momentum"])))      # Nesterov
+                alike.setdefault((p.shape[0], p[0].numel()), []).append(p)
             for (rows, columns), some in alike.items():
-                step = orthogonal(torch.stack([g for _, g in some]))                     # (n, rows, columns)
-                for (p, _), x in zip(some, step):
+                step = torch.empty(len(some), rows, columns, device=some[0].device)
+                for p, x in zip(some, step):
+                    g = p.grad.movedim(1, -1).flatten(1)                                 # no copy if channels-last
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(g)
+                    momentum = self.state[p]["momentum"].lerp_(g, 1 - group["momentum"])
+                    torch.lerp(g, momentum, group["momentum"], out=x)                    # Nesterov's
+                for p, x in zip(some, orthogonal(step)):
                     shape = (p.shape[0], *p.shape[2:], p.shape[1])
                     p.add_(x.view(shape).movedim(-1, 1), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
@@ -296,8 +299,9 @@ def orthogonal(x, steps=5):
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT, steps).mT.contiguous()
     x, eye = x.float(), torch.eye(x.shape[1], device=x.device)
-    scale = 1 / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)                                # (n, 1, 1)
-    a = x @ x.mT * scale ** 2                                                            # (n, rows, rows)
+    a = x @ x.mT                                                                         # (n, rows, rows)
+    scale = 1 / (a.diagonal(dim1=1, dim2=2).sum(1).sqrt() + 1e-7)[:, None, None]         # 1 / norm of x, (n, 1, 1)
+    a = a * scale ** 2
     for i in range(steps):
         p = torch.baddbmm(3.4445 * eye - 4.7750 * a, a, a, alpha=2.0315)
         product = p @ product if i else p * scale
@@ -503,7 +507,8 @@ def adopt(checkpoint, n_head=None):
         layers = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
         network = GPTConfig(weights["tok_emb.weight"].shape[0], math.isqrt(t), weights["cond_proj.weight"].shape[1],
                             layers, n_head or c // 64, c, classic=True)
-        weights |= {"pos_emb": weights["pos_emb"][0], "means": torch.zeros(2, network.cond_dim)}
+        d = network.cond_dim
+        weights |= {"pos_emb": weights["pos_emb"][0], "means": torch.zeros(2, d), "spread": torch.zeros(d, d)}
         return {"stage": "gpt", "ema": weights, "network": dataclasses.asdict(network), "clip": "ViT-B/32"}
     return None
 

@@ -5,6 +5,7 @@ else, says what a picture shows. It judges true held-out drawings and their reco
 generator behind this VQGAN could do. On other data a CLIP judges, better another one than the GPT was trained with
 (--judge). With --controls the same GPT is trained twice more, on the captions' embeddings and on nothing; with
 --optimise the paper's opponent draws too: a search for latents whose picture CLIP likes."""
+import copy
 import itertools
 import math
 import subprocess
@@ -43,6 +44,7 @@ class Config:
     temperature: AutoAmount = None      # as in sample.py
     top_k: AutoWhole = None             # as in sample.py
     top_p: AutoShare = None             # as in sample.py
+    variety: AutoAmount = None          # as in sample.py
     seed: Whole = 0                     # of the samples
     gap: Amount = 0.8                   # length of the constant vector added to all texts' embeddings for the row "gap"
     guidances: bool = False             # also draw at guidance 1 to 6 and plot the match, guidance.png
@@ -118,6 +120,11 @@ def get_judge(cfg, machine):
     return judge.eval()
 
 
+def judge_features(judge, pictures, machine):
+    """uint8 (N, S, S, 3) -> what the judge's heads look at (N, 256), as numpy."""
+    return in_parts(lambda x: judge.features(x.to(machine.device)), pictures).cpu().double().numpy()
+
+
 @torch.no_grad()
 def match(judge, pictures, wanted, machine):
     """Shares of pictures, uint8 (N, S, S, 3), in which the judge sees what is wanted, a dict of attributes for each:
@@ -145,8 +152,9 @@ def share(hits):
 def draw(nets, embeddings, keys, n, options, machine, cfg, modality="text"):
     """n pictures of each embedding (P, D), uint8 (P*n, S, S, 3); their random numbers depend on (seed, key, i)."""
     gpt, vqgan = nets
-    cond = gpt.condition(embeddings, modality).repeat_interleave(n, 0)                 # (P*n, D)
-    uniform = torch.cat([sample.uniforms(cfg.seed, key, n, gpt.cfg.grid ** 2) for key in keys])
+    variety = options["variety"] if modality == "text" else 0.0
+    cond, uniform = map(torch.cat, zip(*(sample.starts(gpt, e[None], modality, cfg.seed, key, n, variety)
+                                         for e, key in zip(embeddings, keys))))        # (P*n, D), (P*n, T)
     return as_pixels(torch.stack(sample.draw(gpt, vqgan, cond, uniform, options, machine, cfg.batch_size)[0]))
 
 
@@ -188,10 +196,12 @@ def toy_prompts():
     return wanted, ["a {colour} {object}".format(**w) for w in wanted]
 
 
-def move_mean(gpt, clip, length):
-    """Put the mean of the texts that a centring GPT subtracts where `shifted` moves the texts to."""
+def with_gap(gpt, clip, length):
+    """A copy of a GPT that expects texts where `shifted` moves them to: centring subtracts the mean of those."""
+    gpt = copy.deepcopy(gpt)
     if gpt.means[1].any():
         gpt.means[1] = shifted(clip.text(GENERIC), length).mean(0)
+    return gpt
 
 
 def frechet(a, b):
@@ -365,9 +375,9 @@ def main():
         judge, wanted, groups, rows, train_rows = None, None, range(len(held)), None, None
 
     def features(pictures):
-        found = in_parts(lambda x: judge.features(x.to(machine.device)), pictures) if toy else \
-            clip_embeddings(referee, pictures)
-        return found.cpu().double().numpy()
+        if toy:
+            return judge_features(judge, pictures, machine)
+        return clip_embeddings(referee, pictures).cpu().double().numpy()
     texts, own = clip.text(prompts), np.arange(len(prompts)).repeat(cfg.n)
     theirs = texts if referee is clip else referee.text(prompts)
     enough = min(len(held) // 2, len(prompts) * cfg.n)  # as many pictures in every Frechet distance
@@ -416,31 +426,31 @@ def main():
     pictures = draw((gpt, vqgan), clip_embeddings(clip, some), map(str, range(len(some))), 1, options, machine, cfg,
                     "image")
     judge_row("drawn from held-out pictures' embeddings", pictures, rows, list(groups)[:len(some)])
-    gaps, means = (0.0, cfg.gap) if cfg.gap and not gpt.cfg.classic else (0.0,), gpt.means.clone()
-    if len(gaps) > 1:
-        move_mean(gpt, clip, cfg.gap)
-        text_row(f"samples, the texts' embeddings moved by {cfg.gap:g}", (gpt, vqgan), shifted(texts, cfg.gap), options)
+    gaps = {0.0: (gpt, ours)}  # length of the gap: the GPT that expects it, its row
+    if cfg.gap and not gpt.cfg.classic:
+        name = f"samples, the texts' embeddings moved by {cfg.gap:g}"
+        gaps[cfg.gap] = with_gap(gpt, clip, cfg.gap), name
+        text_row(name, (gaps[cfg.gap][0], vqgan), shifted(texts, cfg.gap), options)
     if cfg.guidances:  # twice: as it is, and with the gap
         key, lines = "both" if toy else "retrieval", {}
         for gap, g in itertools.product(gaps, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)):
-            name, suffix = f"samples at guidance {g:g}", f", gap {gap:g}" if gap else ""
-            gpt.means.copy_(means)
-            if gap:
-                move_mean(gpt, clip, gap)
-            text_row(name + suffix, (gpt, vqgan), shifted(texts, gap), options | {"cfg": g})
+            moved, name = gaps[gap]
+            suffix = f", gap {gap:g}" if gap else ""
+            if g != options["cfg"]:
+                name = f"samples at guidance {g:g}{suffix}"
+                text_row(name, (moved, vqgan), shifted(texts, gap), options | {"cfg": g})
             for line in (key, "unseen") if toy else (key,):
-                point = table[name + suffix][line]
+                point = table[name][line]
                 lines.setdefault(line + suffix, []).append((g, *(point[k] for k in ("share", "low", "high"))))
         plot(Path(cfg.out, "guidance.png"), f"match against guidance, n={len(prompts) * cfg.n}, seed {cfg.seed}",
              "classifier-free guidance", lines)
-    gpt.means.copy_(means)
     if cfg.controls:
         checkpoint = load_gpt(cfg.gpt, machine.device)[1]
         dump = str(Path(cfg.out, "caption_tokens"))
         caption_dump(cfg, checkpoint["config"]["data"], clip, dump)
         captioned, nothing = (f"control: the same GPT trained on {what}" for what in ("captions", "nothing"))
         other = train_control(cfg, "captioned", checkpoint, data=dump, spread=0.0)  # captions leave open what they do
-        text_row(captioned, (load_gpt(other, machine.device)[0], vqgan), texts, options)
+        text_row(captioned, (load_gpt(other, machine.device)[0], vqgan), texts, options | {"variety": 0.0})
         other = train_control(cfg, "unconditioned", checkpoint, drop=1.0)
         text_row(nothing, (load_gpt(other, machine.device)[0], vqgan), texts, options | {"cfg": 0.0})
         ratio = table[ours]["both"]["share"] / max(1e-9, table[captioned]["both"]["share"])

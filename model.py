@@ -326,22 +326,8 @@ class GPTConfig:
     n_layer: int = 24
     n_head: int = 16
     n_embd: int = 1024
-    classic: bool = False     # the 2022 network: GELU, and the raw embedding as the prefix
-    without: str = ""         # one of MODERN to do without, for ablations
-
-    def modern(self, part):
-        """Whether this network has that one of the MODERN parts."""
-        return not self.classic and self.without != part
-
-
-# What the default changes in the network of 2022: ReLU^2 for GELU (So et al. 2021), and matrices that start at the
-# scale that keeps variances, but for the last of each block and the head, which start at zero.
-MODERN = ("relu2", "zero_init")
-
-
-def relu2(x):
-    x = F.relu(x)
-    return x * x  # square() goes through pow(), which is slow in bfloat16 on a CPU
+    classic: bool = False     # the 2022 network: small weights at the start, the raw embedding as the prefix
+    zero_init: bool = True    # each block's last layers and the head start at zero
 
 
 class PackedLinear(nn.Module):
@@ -373,7 +359,6 @@ class Block(nn.Module):
         self.ln_1, self.ln_2 = nn.LayerNorm(c), nn.LayerNorm(c)
         self.qkv, self.proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
         self.fc, self.fc_out = nn.Linear(c, 4 * c), nn.Linear(4 * c, c)
-        self.act = relu2 if cfg.modern("relu2") else F.gelu
 
     def forward(self, x, cache=None, pos=0):
         b, t, c = x.shape
@@ -395,12 +380,13 @@ class Block(nn.Module):
             seen = torch.arange(keys.shape[2], device=pos.device) <= pos                        # (T,)
             y = attend(q, keys, values, mask=seen.expand(b, 1, 1, -1))                          # (B, H, 1, hd)
         x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
-        return x + self.fc_out(self.act(self.fc(self.ln_2(x))))
+        return x + self.fc_out(F.gelu(self.fc(self.ln_2(x))))
 
 
 class GPT(nn.Module):
     """p(tokens | CLIP embedding). The input is [prefix] t0 t1 ... and the output at each position the next token's
-    logits. `means` holds the two modalities' mean embeddings (row 0 pictures, row 1 texts) that centring subtracts."""
+    logits. `means` holds the two modalities' mean embeddings (row 0 pictures, row 1 texts) that centring subtracts,
+    `spread` what pictures of one meaning differ by: e @ spread, e standard normal (train_gpt.neighbour_spread)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -415,6 +401,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(c)
         self.head = nn.Linear(c, cfg.codes)
         self.register_buffer("means", torch.zeros(2, cfg.cond_dim))
+        self.register_buffer("spread", torch.zeros(cfg.cond_dim, cfg.cond_dim))
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 nn.init.normal_(p, std=0.02 if "emb" in name or cfg.classic else c ** -0.5)
@@ -422,16 +409,16 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
         self.static = False  # decode in shapes that stay the same, see `run`
         last = [self.head, *(layer for b in self.blocks for layer in (b.proj, b.fc_out))]
-        for layer in last if cfg.modern("zero_init") or cfg.classic else ():
+        for layer in last if cfg.zero_init else ():
             nn.init.zeros_(layer.weight)  # every block starts as the identity and the first loss is exactly ln K
 
     def condition(self, embedding, modality="image", noise=None):
         """CLIP embeddings (B, D) of any length -> what the prefix is made of (B, D).
 
         Unit length, minus the modality's mean, unit length again: pictures and texts lie around two different means
-        (Liang et al. 2022), and this brings them onto each other. In training `noise` (B, D) is added and the result
-        renormalised: c = norm(c + s e/|e| + spread), s the noise level (Zhou et al. 2022) and spread what pictures of
-        one meaning differ by (train_gpt.neighbour_spread). Classic takes the raw unit embedding.
+        (Liang et al. 2022), and this brings them onto each other. `noise` (B, D) is added and the result renormalised:
+        in training c = norm(c + s e/|e| + ...), s the noise level (Zhou et al. 2022), and in training and sampling
+        multiples of what pictures of one meaning differ by. Classic takes the raw unit embedding.
         """
         c = F.normalize(embedding.float(), dim=-1)
         if not self.cfg.classic:

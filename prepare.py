@@ -32,7 +32,7 @@ class Config:
     trust_jit: bool = False             # run the code in a --clip file that is a TorchScript archive of unknown origin
     seed: Whole = 0                     # of the crops
     image_size: AutoCount = None        # pixels a side, a multiple of the VQGAN's factor (auto: what it was made for)
-    crops: Count = 2                    # rows of each training picture; the first is the plain centre crop
+    crops: Count = 1                    # rows of each training picture; the first is the plain centre crop
     min_zoom: Zoom = 0.9                # the others show between this share of the picture's short side and all of it
     flip: bool = True                   # mirror half of the others
     val_percent: Amount = 2.0           # of the pictures that are held out, chosen by name

@@ -29,24 +29,33 @@ class Config:
     out: str = "out/samples.png"        # the grid; each picture by itself goes into the folder of the same name
     n: AutoCount = None                 # pictures to keep of each prompt (auto: 4; classic 8)
     candidates: AutoCount = None        # pictures to draw of each, of which CLIP keeps the best n (auto: n; classic 64)
-    cfg: AutoAmount = None              # classifier-free guidance, 1 is none (auto: 2; classic 1)
+    cfg: AutoAmount = None              # classifier-free guidance, 1 is none (auto: 3; classic 1)
     temperature: AutoAmount = None      # 0 takes the likeliest token (auto: 0.7; classic 1)
     top_k: AutoWhole = None             # choose among this many likeliest codes, 0 is all (auto: 0; classic 500)
     top_p: AutoShare = None             # choose among the likeliest codes that hold this mass (auto: 1; classic 0.95)
+    variety: AutoAmount = None          # how far conditions stray, in spreads of one meaning (auto: 0.5; classic 0)
     seed: Whole = 0                     # picture i of a prompt depends on (seed, prompt, i) alone
     batch_size: Count = 64              # pictures at a time
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # auto (float32 on a CPU), float32, bfloat16, float16
 
 
-MODERN = {"n": 4, "candidates": 0, "cfg": 2.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
-CLASSIC = {"n": 8, "candidates": 64, "cfg": 1.0, "temperature": 1.0, "top_k": 500, "top_p": 0.95}  # as released in 2022
+MODERN = {"n": 4, "candidates": 0, "cfg": 3.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "variety": 0.5}
+CLASSIC = {"n": 8, "candidates": 64, "cfg": 1.0, "temperature": 1.0, "top_k": 500, "top_p": 0.95,
+           "variety": 0.0}  # as released in 2022
 
 
-def uniforms(seed, key, count, tokens):
-    """The random numbers of pictures 0..count-1 of a prompt (count, tokens): functions of (seed, key, i) alone."""
-    digests = (hashlib.sha256(f"{seed} {i} {key}".encode(errors="replace")).digest() for i in range(count))
-    return torch.from_numpy(np.stack([np.random.default_rng(list(d)).random(tokens, np.float32) for d in digests]))
+def starts(gpt, embedding, modality, seed, key, count, variety):
+    """What pictures 0..count-1 of one embedding (1, D) start from, functions of (seed, key, i) alone: conditions
+    (count, D) around that embedding and uniform random numbers (count, T), one a token."""
+    rngs = [np.random.default_rng(list(hashlib.sha256(f"{seed} {i} {key}".encode(errors="replace")).digest()))
+            for i in range(count)]
+    uniform = torch.from_numpy(np.stack([r.random(gpt.cfg.grid ** 2, np.float32) for r in rngs]))      # (count, T)
+    noise = None
+    if variety:  # a product for each picture, so that none depends on its neighbours
+        normal = torch.from_numpy(np.stack([r.standard_normal(len(gpt.spread), np.float32) for r in rngs]))
+        noise = variety * torch.stack([e @ gpt.spread for e in normal.to(gpt.spread.device)])          # (count, D)
+    return gpt.condition(embedding.expand(count, -1), modality, noise), uniform
 
 
 def draw(gpt, vqgan, cond, uniform, options, machine, batch_size):
@@ -76,6 +85,8 @@ def settings(cfg, gpt, meta):
     options = {k: v if getattr(cfg, k, None) is None else getattr(cfg, k) for k, v in defaults.items()}
     if options["cfg"] != 1 and not dropped:
         fail(f"--cfg={options['cfg']} needs a GPT trained with dropped conditions, which this one is not; use --cfg=1")
+    if options["variety"] and gpt.cfg.classic:
+        fail(f"--variety={options['variety']} needs a GPT that is not classic; use --variety=0")
     return options
 
 
@@ -121,8 +132,10 @@ def main():
             fail(f"{cfg.image} is no picture that can be read ({e})")
     gpt, vqgan, clip, options = load(cfg, machine)
     n, count = options["n"], max(options["n"], options["candidates"])
+    variety = options["variety"] if cfg.prompts else cfg.variety or 0.0
     machine.say(f"{len(cfg.prompts) or 1} x {count} pictures of {gpt.cfg.grid ** 2} tokens, {n} of each to {cfg.out}; "
-                + ", ".join(f"{k} {options[k]:g}" for k in ("cfg", "temperature", "top_k", "top_p")))
+                + ", ".join(f"{k} {options[k]:g}" for k in ("cfg", "temperature", "top_k", "top_p"))
+                + f", variety {variety:g}")
 
     pictures, labels, begun, seconds = [], [], time.time(), 0.0
     for prompt in cfg.prompts or (cfg.image,):
@@ -134,8 +147,7 @@ def main():
             embedding, key = clip.text([prompt]), prompt
             if clip.tokenize([prompt])[1]:
                 machine.say(f"warning: this CLIP reads {clip.context} tokens, the rest of '{prompt[:60]}' is cut off")
-        cond = gpt.condition(embedding, "image" if cfg.image else "text").expand(count, -1)
-        uniform = uniforms(cfg.seed, key, count, gpt.cfg.grid ** 2)                                     # (count, T)
+        cond, uniform = starts(gpt, embedding, "image" if cfg.image else "text", cfg.seed, key, count, variety)
         made, spent = draw(gpt, vqgan, cond, uniform, options, machine, cfg.batch_size)
         made, seconds = [to_image(x) for x in made], seconds + spent
         if count > n:

@@ -32,7 +32,7 @@ import sample
 import train_gpt
 import vqgan
 import evaluate
-from model import GPT, MODERN, VQGAN, Discriminator, GPTConfig, Quantizer, VQGANConfig, hinge_loss, pick
+from model import GPT, VQGAN, Discriminator, GPTConfig, Quantizer, VQGANConfig, hinge_loss, pick
 
 HERE = Path(__file__).parent
 PHOTOS = HERE.parent / "shared/data/photos"
@@ -115,21 +115,14 @@ def test_cached_logits_equal_uncached(classic, guidance):
     assert plain.std() > 0.05
 
 
-@pytest.mark.parametrize("part", MODERN)
-def test_a_modern_part_left_out_is_left_out_alone(part):
-    """The network still decodes as it trains, and differs from the full one in that part only."""
-    model, full = tiny_gpt(without=part), tiny_gpt()
-    cond, tokens, seen = model.condition(some(3, 24)), tokens_for(model, 3), []
-    model.decode_logits(cond, lambda i, logits: seen.append(logits) or tokens[:, i], 2.0)
-    with torch.no_grad():
-        plain, null = (model(cond, tokens[:, :-1], torch.full((3,), drop)) for drop in (False, True))
-    assert torch.allclose(torch.stack(seen, 1), null + 2 * (plain - null), atol=1e-4)
-    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in full.state_dict().items()}
-    if part == "zero_init":
-        assert tiny_gpt(fill=False, without=part).head.weight.std() > 0.05
-    model.load_state_dict(full.state_dict())
-    same = torch.allclose(model(cond, tokens[:, :-1]), full(cond, tokens[:, :-1]), atol=1e-3)
-    assert same == (part == "zero_init")
+def test_zero_init_is_a_start_and_no_other_network():
+    """Each block starts as the identity; without, the last layers start as the others do."""
+    zero, not_zero = tiny_gpt(fill=False), tiny_gpt(fill=False, zero_init=False)
+    x = some(2, 5, 64)
+    assert torch.equal(zero.blocks[0](x), x) and not torch.allclose(not_zero.blocks[0](x), x, atol=0.1)
+    assert not zero.head.weight.any() and not_zero.head.weight.std() > 0.05
+    not_zero.load_state_dict(zero.state_dict())
+    assert torch.equal(not_zero.blocks[0](x), x)
 
 
 def test_embedding_loss_by_hand_and_its_gradient():
@@ -164,15 +157,30 @@ def test_guidance_one_is_plain_conditional_sampling():
 
 
 def test_a_picture_does_not_depend_on_its_neighbours():
-    model = tiny_gpt()
-    cond, uniform = model.condition(some(1, 24)).expand(6, -1), sample.uniforms(0, "a red bus", 6, 16)
-    many = model.generate(cond, uniform, guidance=2.0)
+    model, e = tiny_gpt(), some(1, 24)
+    model.spread.copy_(some(24, 24, seed=5) / 10)
+    many = model.generate(*sample.starts(model, e, "text", 0, "a red bus", 6, 0.5), guidance=2.0)
     for i in range(6):
-        alone = model.generate(cond[:1], sample.uniforms(0, "a red bus", i + 1, 16)[i:], guidance=2.0)
-        assert torch.equal(alone[0], many[i])
+        cond, uniform = sample.starts(model, e, "text", 0, "a red bus", i + 1, 0.5)
+        assert torch.equal(model.generate(cond[i:], uniform[i:], guidance=2.0)[0], many[i])
     assert len({tuple(row.tolist()) for row in many}) == 6
-    assert not torch.equal(uniform, sample.uniforms(1, "a red bus", 6, 16))
-    assert not torch.equal(uniform, sample.uniforms(0, "a red car", 6, 16))
+    for seed, key in ((1, "a red bus"), (0, "a red car")):
+        other = sample.starts(model, e, "text", seed, key, i + 1, 0.5)
+        assert not torch.equal(cond, other[0]) and not torch.equal(uniform, other[1])
+
+
+def test_variety_moves_conditions_by_the_spread():
+    """By `variety` times the spread, renormalised, around the one condition that variety 0 gives to all."""
+    model, e = tiny_gpt(), some(1, 24)
+    model.spread.copy_(torch.diag(torch.arange(24.0)) / 100)
+    plain = sample.starts(model, e, "text", 0, "x", 4000, 0.0)[0]
+    assert torch.equal(plain, model.condition(e, "text").expand(4000, -1))
+    cond, uniform = sample.starts(model, e, "text", 0, "x", 4000, 0.5)
+    assert torch.allclose(cond.norm(dim=1), torch.ones(4000), atol=1e-5)
+    away = cond / (cond * plain).sum(1, keepdim=True) - plain     # small, so nearly what was added, across `plain`
+    wanted = 0.5 * model.spread.diagonal()
+    assert torch.allclose(away.std(0)[plain[0].abs() < 0.1], wanted[plain[0].abs() < 0.1], atol=0.02)
+    assert torch.equal(uniform, sample.starts(model, e, "text", 0, "x", 4000, 0.0)[1])
 
 
 def test_classic_refuses_guidance_and_takes_the_raw_embedding():
@@ -884,8 +892,8 @@ def test_half_a_published_checkpoint_is_refused(tmp_path, weights, capsys):
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def command(*args, cwd, ok=0, **env):
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=240,
+def command(*args, cwd, ok=0, limit=240, **env):
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=limit,
                           env=os.environ | {"PYTHONPATH": str(HERE)} | env)
     assert done.returncode == ok, f"{args}\n{done.stdout}\n{done.stderr}"
     return done
@@ -941,7 +949,7 @@ def test_stages_end_to_end(world):
     table = json.loads((d / "out/toy/match.json").read_text())["table"]
     assert len(table) == 26 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
     assert table["true training pictures"]["nearest"] == pytest.approx(0, abs=1e-3)
-    assert table["samples at guidance 2"]["both"] == table["samples of the prompts, N=1"]["both"]
+    assert "samples at guidance 2" in table and "samples at guidance 3" not in table  # the default is a row already
     assert table["samples at guidance 6, gap 0.8"]["both"]["n"] == 96
     for path in ("match.md", "compare.png", "guidance.png", "captioned/gpt.pt", "unconditioned/gpt.pt"):
         assert (d / "out/toy" / path).stat().st_size > 0
@@ -1023,7 +1031,7 @@ def test_muon_moves_the_blocks_matrices_and_can_be_left_out(world, tmp_path):
     command(HERE / "train_gpt.py", *GPT_ARGS, "--muon=False", "--classic=True", f"--out={tmp_path}/adam", cwd=d)
     made, plain = (torch.load(p, weights_only=True) for p in (d / "out/toy/gpt.pt", tmp_path / "adam/gpt.pt"))
     moved = {k: len(o["state"]) for k, o in made["optimizers"].items()}
-    assert moved == {"muon": 4 * 2, "adam": len(made["model"]) - 1 - 4 * 2}  # `means` is no parameter
+    assert moved == {"muon": 4 * 2, "adam": len(made["model"]) - 2 - 4 * 2}  # `means` and `spread` are no parameters
     assert {k: len(o["state"]) for k, o in plain["optimizers"].items()} == {"adam": len(plain["model"]) - 1}
     assert not torch.any(plain["model"]["means"])
 
@@ -1593,17 +1601,17 @@ def test_bench_times_sampling_and_refuses_unknown_parts(tmp_path, capsys):
 @slow
 def test_slow_ablations_in_miniature(world, tmp_path):
     d, _ = world
-    args = [HERE / "ablate.py", "--only=noise 1,1 crop", "--seeds=2", "--max_steps=20", "--n=1",
-            f"--out={tmp_path}/ablations"]
-    said = command(*args, cwd=d).stdout
+    args = [HERE / "ablate.py", "--only=noise 1,2 crops,256 codes", "--seeds=2", "--max_steps=20", "--n=1",
+            "--vqgan_steps=160", f"--out={tmp_path}/ablations"]
+    said = command(*args, cwd=d, limit=900).stdout
     runs = json.loads((tmp_path / "ablations/ablations.json").read_text())["runs"]
-    names = ["reference", "noise 1", "1 crop a picture"]
+    names = ["reference", "noise 1", "2 crops a picture", "256 codes"]
     assert sorted({(r["name"], r["seed"]) for r in runs}) == sorted((n, s) for n in names for s in (0, 1))
-    assert all(math.isfinite(r["val_loss"]) and 0 <= r["both"] <= 1 for r in runs)
+    assert all(math.isfinite(r["val_loss"]) and 0 <= r["both"] <= 1 and r["frechet"] > 0 for r in runs)
     assert next(r["steps"] for r in runs if r["name"] == "reference") == 20
     assert (tmp_path / "ablations/noise.png").stat().st_size > 0
     table = (tmp_path / "ablations/ablations.md").read_text()
-    assert table.count("\n") == 5 and table in said
+    assert table.count("\n") == 6 and table in said
     assert command(*args, cwd=d).stdout.endswith(table)  # finished runs are kept
 
 

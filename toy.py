@@ -38,7 +38,7 @@ class Config:
     context: Count = 24                 # tokens of text it reads
     embed_dim: Count = 64               # size of the shared embedding
     max_steps: Count = 300              # training steps
-    batch_size: Count = 256             # pairs a step
+    batch_size: Count = 128             # pairs a step
     learning_rate: Amount = 2e-3        # peak, AdamW
     warmup: Whole = 40                  # steps of linear warm-up
     save_every: Count = 150             # steps between checkpoints

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Progress, Run, Share, Whole, configure,
                     digest, fail, file_sha256, learning_rate, load_clip, load_vqgan, millions, resized, save_grid,
                     to_image)
-from model import GPT, MODERN, GPTConfig
+from model import GPT, GPTConfig
 
 Preset = Literal["", "paper", "24gb"]
-Without = Literal[("", *MODERN)]
 
 
 @dataclass
@@ -32,16 +31,17 @@ class Config:
     data: str = "data/toy_tokens"       # a dump of prepare.py
     out: str = "out/gpt"                # the run: gpt.pt, gpt.jsonl, grid.png
     vqgan: str = ""                     # whose decoder draws grid.png; empty: the one that made the dump
+    trust_jit: bool = False             # as in prepare.py; only --recon needs the CLIP again
     seed: Whole = 0                     # of the weights, the order of rows, the noise and the drops
     # network
     n_layer: Count = 4                  # blocks
     n_head: Count = 6                   # attention heads
     n_embd: Count = 192                 # width
     classic: bool = False               # the 2022 network; never centres or drops the condition or adds noise to it
-    without: Without = ""               # part of the modern network to do without, for ablations; see model.MODERN
+    zero_init: bool = True              # each block's last layers and the head start at zero
     # condition
     noise: Amount = 0.5                 # length s of the noise in c = norm(c + s e/|e| + spread)
-    spread: Amount = 1.5                # times what pictures of one meaning differ by: more noise, of that shape
+    spread: Amount = 0.75               # times what pictures of one meaning differ by: more noise, of that shape
     center: bool = True                 # subtract the mean embedding, of pictures or of texts
     drop: Share = 0.1                   # of the rows lose their condition, for guidance
     corrupt: Share = 0.1                # of the tokens it reads are another picture's
@@ -106,8 +106,9 @@ def neighbour_spread(model, clip, seed, share=0.01, anchors=256, most=50000):
     """A matrix R (D, D) such that e R, e standard normal, varies as pictures of one meaning do: as the embeddings
     (N, D) nearest to an embedding, that share of all, vary around their mean; the average over some embeddings.
 
-    A text is one point where the pictures it fits are a cloud: "a red bus" says nothing of the background. Trained with
-    noise of this shape, the GPT learns what a condition does not settle, and draws it as various as pictures are."""
+    A text is one point where the pictures it fits are a cloud: "a red bus" says nothing of the background. With noise
+    of this shape in training the GPT learns what a text does not settle; sample.py moves each picture's condition about
+    by it, so that pictures of one text are as various as pictures of one meaning."""
     rows = np.sort(np.random.default_rng((seed, 2)).permutation(len(clip))[:most])
     c = model.condition(torch.from_numpy(clip[rows].astype(np.float32)).to(model.means.device))    # (N, D)
     k, covariance = max(2, round(len(c) * share)), torch.zeros_like(c[0].outer(c[0]))
@@ -172,10 +173,12 @@ def main():
 
     torch.manual_seed(cfg.seed)
     gcfg = GPTConfig(meta["codes"], meta["grid"], meta["clip_dim"], cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.classic,
-                     cfg.without)
+                     cfg.zero_init)
     model, ema = GPT(gcfg).to(machine.device), GPT(gcfg).to(machine.device).requires_grad_(False).eval()
     if cfg.center and not cfg.classic:
         model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
+    if not cfg.classic:
+        model.spread.copy_(neighbour_spread(model, arrays["train"][1], cfg.seed))
     ema.load_state_dict(model.state_dict())
     params = list(model.parameters())
     inner = {p for p in model.blocks.parameters() if p.dim() == 2} if cfg.muon else set()
@@ -191,8 +194,7 @@ def main():
         for name, opt in opts.items():
             opt.load_state_dict(run.resume["optimizers"][name])
     noisy = bool(cfg.noise or cfg.spread) and not cfg.classic
-    spread = neighbour_spread(model, arrays["train"][1], cfg.seed) if cfg.spread and noisy else None
-    batch = make_batches(*arrays["train"], cfg, spread)
+    batch = make_batches(*arrays["train"], cfg, model.spread.cpu() if cfg.spread and noisy else None)
     val_tokens, val_clip = (torch.from_numpy(np.array(a[:cfg.eval_rows]).astype(t)) for a, t in
                             zip(arrays["val"] if meta["val_rows"] else arrays["train"], (np.int64, np.float32)))
     know_nothing = math.log(meta["codes"])
@@ -205,7 +207,9 @@ def main():
         return x.to(machine.device, non_blocking=True)
 
     part = cfg.batch_size // machine.world // cfg.accumulate
-    clip = load_clip(meta["clip"], machine.device) if cfg.recon else None
+    clip = load_clip(meta["clip"], machine.device, cfg.trust_jit) if cfg.recon else None
+    if clip and clip.sha256 != meta["clip_sha256"]:
+        fail(f"{cfg.data} was made with another CLIP than the {meta['clip']} found now; put that one back")
     example = [put(x[:part]) for x in batch(0)]
     loss_of = machine.compile(model.loss, cfg.compile, (model.condition(example[2]), example[0],
                                                         None if cfg.classic else example[4], example[1]))

@@ -34,8 +34,8 @@ class Config:
     # pictures
     image_size: Count = 64              # pixels a side
     val_percent: Amount = 2.0           # of the pictures that are never trained on, chosen by name
-    min_zoom: Zoom = 0.8                # random crops show between this share of the picture's short side and all of it
-    flip: bool = True                   # mirror half of the pictures
+    min_zoom: Zoom = 1.0                # random crops show between this share of the picture's short side and all of it
+    flip: bool = False                  # mirror half of the pictures
     max_bad: Share = 0.5                # stop if more of the pictures than this can't be read
     workers: AutoWhole = None           # decoding processes (auto: none on a CPU, whose cores are busy; 4 beside a GPU)
     # network
@@ -43,7 +43,7 @@ class Config:
     ch: Count = 32                      # width of the first level, a multiple of groups
     ch_mult: tuple = (1, 2, 4)          # widths of the levels, halving the grid between two
     num_res_blocks: Count = 1           # residual blocks a level
-    attn_resolutions: tuple = (4,)      # grid sides that get attention
+    attn_resolutions: tuple = ()        # grid sides that get attention, beside the one block in the middle
     groups: Count = 8                   # of GroupNorm; 32 from --ch=128 on
     z_channels: Count = 128             # channels before the codebook's space
     codes: Count = 1024                 # size of the codebook
@@ -57,7 +57,7 @@ class Config:
     disc_weight: Amount = 0.8           # its weight, times the adaptive weight
     disc_cap: Amount = 10.0             # upper bound of the adaptive weight
     # training
-    max_steps: Count = 900              # training steps
+    max_steps: Count = 600              # training steps
     batch_size: Count = 32              # pictures a step, over all processes
     learning_rate: Amount = 4e-3        # peak, Muon on convolutions and AdamW on the rest; warm-up, then cosine
     warmup: Whole = 30                  # steps of linear warm-up
@@ -69,9 +69,9 @@ class Config:
     dry_run: bool = False               # a few real steps, then memory, rate and the time the whole run would take
 
 
-F16 = {"image_size": 256, "patch": 1, "ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2,
-       "attn_resolutions": (16,), "groups": 32, "z_channels": 256, "clip": "ViT-B/32", "vq_start": 2000, "warmup": 1000,
-       "eval_every": 5000, "ema": 0.9999}
+F16 = {"image_size": 256, "min_zoom": 0.8, "flip": True, "patch": 1, "ch": 128, "ch_mult": (1, 1, 2, 2, 4),
+       "num_res_blocks": 2, "attn_resolutions": (16,), "groups": 32, "z_channels": 256, "clip": "ViT-B/32",
+       "vq_start": 2000, "warmup": 1000, "eval_every": 5000, "ema": 0.9999}
 PRESETS = {  # for --preset
     "paper": F16 | {"codes": 16384, "code_dim": 256, "l2_norm": False, "batch_size": 64, "max_steps": 300000,
                     "learning_rate": 3e-4, "disc_start": 50000},
@@ -123,6 +123,7 @@ def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
                     setattr(m, conv, fuse_conv_bn_eval(getattr(m, conv), getattr(m, bn)))
                     setattr(m, bn, nn.Identity())
         layers = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+        visual.attnpool = nn.Identity()  # what comes after the last of them is not looked at
     else:
         blocks = visual.transformer.resblocks
         layers = [blocks[round(d * len(blocks)) - 1] for d in depths]
@@ -257,7 +258,7 @@ def main():
         machine.average_gradients(model.parameters())
         scaler.unscale_(opts["muon"])
         scaler.unscale_(opts["adam"])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         good = math.isfinite(machine.sum(loss.detach().clone()).item() + norm.item())
         run.skip(step, good or scaler.is_enabled())  # to a scaler such a step only says that its scale is too high
         if good:
