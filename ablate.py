@@ -32,9 +32,9 @@ class Config:
     out: str = "out/ablations"          # a folder for each run, ablations.md, ablations.json, noise.png
     only: str = ""                      # of the rows, those with one of these in their name: noise,centred
     seeds: Count = 3                    # runs of each row
-    max_steps: Count = 80               # of the reference; every other row gets the same time
+    max_steps: Count = 200              # of the reference; every other row gets the same time
     vqgan_steps: Count = 600            # of the rows that have a VQGAN of their own
-    n: Count = 2                        # pictures of each prompt
+    n: Count = 4                        # pictures of each prompt
     jobs: Count = 2                     # runs at a time, on one thread each
 
 
@@ -44,15 +44,14 @@ VARIANTS = {  # name: (options of vqgan.py, of prepare.py, of train_gpt.py)
     "AdamW for Muon": ([], [], ["--muon=False", "--learning_rate=3e-3"]),
     "without zero-initialised outputs": ([], [], ["--zero_init=False"]),
     "noise 0": ([], [], ["--noise=0"]),
-    "noise 0.25": ([], [], ["--noise=0.25"]),
     "noise 1": ([], [], ["--noise=1"]),
     "noise 2": ([], [], ["--noise=2"]),
     "spread 0": ([], [], ["--spread=0"]),
+    "spread 1.5": ([], [], ["--spread=1.5"]),
     "not centred": ([], [], ["--center=False"]),
     "no wrong tokens to read": ([], [], ["--corrupt=0"]),
     "embedding-reconstruction loss 0.1": ([], [], ["--recon=0.1"]),
-    "2 crops a picture": ([], ["--crops=2"], []),
-    "4 crops a picture": ([], ["--crops=4"], []),
+    "2 crops a picture": (["--min_zoom=0.8", "--flip=True"], ["--crops=2"], []),
     "256 codes": (["--codes=256"], [], []),
     "4096 codes": (["--codes=4096"], [], []),
     "8 x 8 tokens": (["--ch_mult=1,2"], [], []),

@@ -410,6 +410,8 @@ def main():
     score = (clip_embeddings(clip, made) * texts.repeat_interleave(cfg.n, 0)).sum(1).view(-1, cfg.n)
     best = made[np.arange(len(prompts)) * cfg.n + score.argmax(1).cpu().numpy()]
     judge_row(f"the same, best of {cfg.n} by CLIP", best, wanted, prompts, range(len(prompts)))
+    if options["variety"]:
+        text_row("samples with --variety=0, N=1", (gpt, vqgan), texts, options | {"variety": 0.0})
     if toy:
         pairs = [i for i, w in enumerate(wanted) if (w["colour"], w["object"]) in UNSEEN]
         made_unseen = draw((gpt, vqgan), texts[pairs], [prompts[i] for i in pairs], 4 * cfg.n, options, machine, cfg)

@@ -37,7 +37,7 @@ class Config:
     text_layers: Count = 2              # its depth
     context: Count = 24                 # tokens of text it reads
     embed_dim: Count = 64               # size of the shared embedding
-    max_steps: Count = 300              # training steps
+    max_steps: Count = 450              # training steps
     batch_size: Count = 128             # pairs a step
     learning_rate: Amount = 2e-3        # peak, AdamW
     warmup: Whole = 40                  # steps of linear warm-up
