@@ -32,7 +32,7 @@ class Config:
     out: str = "out/ablations"          # a folder for each run, ablations.md, ablations.json, noise.png
     only: str = ""                      # of the rows, those with one of these in their name: noise,centred
     seeds: Count = 3                    # runs of each row
-    max_steps: Count = 200              # of the reference; every other row gets the same time
+    max_steps: Count = 160              # of the reference; every other row gets the same time
     vqgan_steps: Count = 600            # of the rows that have a VQGAN of their own
     n: Count = 4                        # pictures of each prompt
     jobs: Count = 2                     # runs at a time, on one thread each
@@ -53,7 +53,6 @@ VARIANTS = {  # name: (options of vqgan.py, of prepare.py, of train_gpt.py)
     "embedding-reconstruction loss 0.1": ([], [], ["--recon=0.1"]),
     "2 crops a picture": (["--min_zoom=0.8", "--flip=True"], ["--crops=2"], []),
     "256 codes": (["--codes=256"], [], []),
-    "4096 codes": (["--codes=4096"], [], []),
     "8 x 8 tokens": (["--ch_mult=1,2"], [], []),
 }
 
