@@ -269,16 +269,18 @@ def vqgans(cfg, limit):
 def prepares(cfg, limit):
     """prepare.py with the demo's networks, beside its decoding alone and its networks alone."""
     data, machine = Path(cfg.out, "data"), Machine(cfg.device, cfg.dtype, training=False)
-    c = prepare.Config(data=cfg.photos or str(data / "jpegs"), val_percent=0.0)
+    c = prepare.Config(data=cfg.photos or str(data / "jpegs"), val_percent=0.0, chunk=256)
     (net, _, vcfg), source = load_vqgan(data / "toy.vqgan", machine.device), Pictures(c.data)
     clip = load_clip(data / "toy.clip", machine.device)
     rate, = call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / "prepared", val_percent=0,
-                 vqgan=data / "toy.vqgan", clip=data / "toy.clip")
+                 chunk=c.chunk, vqgan=data / "toy.vqgan", clip=data / "toy.clip")
     chunks = prepare.Chunks(source, source.names, c, vcfg.image_size, clip.size, c.crops)
-    begun = time.time()
-    loader = torch.utils.data.DataLoader(chunks, None, num_workers=c.workers, prefetch_factor=1)
-    for _, a, b, _ in loader:
-        pass
+    loader = torch.utils.data.DataLoader(chunks, None, num_workers=c.workers, prefetch_factor=1,
+                                         persistent_workers=True)
+    for _ in range(2):  # the first time the workers are started
+        begun = time.time()
+        for _, a, b, _ in loader:
+            pass
     decoded, a, b = len(source.names) / (time.time() - begun), a[:c.batch_size], b[:c.batch_size]
     networks = len(a) / c.crops * rate_of(machine, lambda: prepare.rows_of(a, b, net, clip, machine), 3)
     shared = machine.device.type == "cpu"
