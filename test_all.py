@@ -1120,8 +1120,8 @@ def test_two_processes_prepare_the_same_files_and_train_the_same_vqgan(world, tm
     args = [*VQ, "--dtype=float32", "--max_steps=6", "--disc_start=2", "--eval_every=100", "--warmup=1",
             "--learning_rate=1e-3", "--vq_start=0",  # all losses at work; k-means would make much of the last bit,
             "--seed=1"]                              # as does a vector that lies between two codes, as one of seed 0's
-    command(HERE / "vqgan.py", *args, f"--out={tmp_path}/one", cwd=d)
-    command(*torchrun, HERE / "vqgan.py", *args, f"--out={tmp_path}/two", cwd=d)
+    command(HERE / "vqgan.py", *args, f"--out={tmp_path}/one", cwd=d, OMP_NUM_THREADS="1")
+    command(*torchrun, HERE / "vqgan.py", *args, f"--out={tmp_path}/two", cwd=d, OMP_NUM_THREADS="1")
     one, two = (torch.load(tmp_path / n / "vqgan.pt", weights_only=True) for n in ("one", "two"))
     for part in ("model", "disc"):
         difference = torch.cat([(one[part][k] - two[part][k]).flatten() for k in one[part]])
