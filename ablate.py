@@ -149,7 +149,8 @@ def main():
                "unseen": ("unseen pairs", 100, 1), "moved": ("object and colour, gap 0.8", 100, 1),
                "frechet": ("Fréchet distance", 1, 0)}
     titles = [title for title, _, _ in columns.values()]
-    lines = ["| variant | steps in the same time | " + " | ".join(titles) + " |", "| --- |" + " --- |" * 6]
+    lines = ["| variant | steps in the same time | " + " | ".join(titles) + " |",
+             "| --- | --- |" + " --- |" * len(titles)]
     for name in chosen:
         mine = [r for r in runs if r["name"] == name]
         cells = []

@@ -132,10 +132,10 @@ def main():
             fail(f"{cfg.image} is no picture that can be read ({e})")
     gpt, vqgan, clip, options = load(cfg, machine)
     n, count = options["n"], max(options["n"], options["candidates"])
-    variety = options["variety"] if cfg.prompts else cfg.variety or 0.0
+    if cfg.image and cfg.variety is None:
+        options["variety"] = 0.0  # a picture leaves nothing open that its copies could differ in
     machine.say(f"{len(cfg.prompts) or 1} x {count} pictures of {gpt.cfg.grid ** 2} tokens, {n} of each to {cfg.out}; "
-                + ", ".join(f"{k} {options[k]:g}" for k in ("cfg", "temperature", "top_k", "top_p"))
-                + f", variety {variety:g}")
+                + ", ".join(f"{k} {options[k]:g}" for k in ("cfg", "temperature", "top_k", "top_p", "variety")))
 
     pictures, labels, begun, seconds = [], [], time.time(), 0.0
     for prompt in cfg.prompts or (cfg.image,):
@@ -147,7 +147,8 @@ def main():
             embedding, key = clip.text([prompt]), prompt
             if clip.tokenize([prompt])[1]:
                 machine.say(f"warning: this CLIP reads {clip.context} tokens, the rest of '{prompt[:60]}' is cut off")
-        cond, uniform = starts(gpt, embedding, "image" if cfg.image else "text", cfg.seed, key, count, variety)
+        cond, uniform = starts(gpt, embedding, "image" if cfg.image else "text", cfg.seed, key, count,
+                               options["variety"])
         made, spent = draw(gpt, vqgan, cond, uniform, options, machine, cfg.batch_size)
         made, seconds = [to_image(x) for x in made], seconds + spent
         if count > n:

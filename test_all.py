@@ -1579,10 +1579,10 @@ def test_slow_memory_is_flat_over_rows_prepared(world, tmp_path):
         for i in range(n):
             Image.new("RGB", (40, 32), (i % 256, i // 256, 99)).save(folder / f"{i}.png")
         child = subprocess.Popen([sys.executable, HERE / "prepare.py", f"--data={folder}", f"--out={tmp_path}/d{n}",
-                                  "--crops=20", "--chunk=50"], cwd=d, stdout=subprocess.DEVNULL)
+                                  "--crops=40", "--chunk=50"], cwd=d, stdout=subprocess.DEVNULL)
         assert os.waitstatus_to_exitcode((ended := os.wait4(child.pid, 0))[1]) == 0
         most.append(ended[2].ru_maxrss * 1024)
-    assert json.loads((tmp_path / "d2000/meta.json").read_text())["train_rows"] > 38_000
+    assert json.loads((tmp_path / "d2000/meta.json").read_text())["train_rows"] > 75_000
     assert most[1] - most[0] < 32 * 2 ** 20
 
 

@@ -177,7 +177,7 @@ def main():
     model, ema = GPT(gcfg).to(machine.device), GPT(gcfg).to(machine.device).requires_grad_(False).eval()
     if cfg.center and not cfg.classic:
         model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
-    if not cfg.classic:
+    if not cfg.classic and not run.resume:
         model.spread.copy_(neighbour_spread(model, arrays["train"][1], cfg.seed))
     ema.load_state_dict(model.state_dict())
     params = list(model.parameters())
