@@ -14,7 +14,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 import torch
 
@@ -44,6 +43,7 @@ VARIANTS = {  # name: (options of vqgan.py, of prepare.py, of train_gpt.py)
     "AdamW for Muon": ([], [], ["--muon=False", "--learning_rate=3e-3"]),
     "without zero-initialised outputs": ([], [], ["--zero_init=False"]),
     "noise 0": ([], [], ["--noise=0"]),
+    "noise 1": ([], [], ["--noise=1"]),
     "noise 2": ([], [], ["--noise=2"]),
     "spread 0": ([], [], ["--spread=0"]),
     "not centred": ([], [], ["--center=False"]),
@@ -52,6 +52,10 @@ VARIANTS = {  # name: (options of vqgan.py, of prepare.py, of train_gpt.py)
     "2 crops a picture": (["--min_zoom=0.8", "--flip=True"], ["--crops=2"], []),
     "256 codes": (["--codes=256"], [], []),
     "8 x 8 tokens": (["--ch_mult=1,2"], [], []),
+}
+SAMPLING = {  # name: options of sample.py, for pictures drawn from the reference's GPTs
+    **{f"guidance {g} when sampling": {"cfg": float(g)} for g in (1, 2, 4, 6)},
+    **{f"variety {v} when sampling": {"variety": v} for v in (0.0, 1.0)},
 }
 
 
@@ -70,16 +74,17 @@ def alike(tokenizer, words):
     return not tokenizer and all(w.split("=")[0] in ("--noise", "--spread", "--center", "--corrupt") for w in words)
 
 
-def judged(cfg, path, judge, clip, machine, held):
-    """What n pictures of each prompt are worth, at guidance 3 (a classic GPT: 1): the shares of right object and
-    colour, of all pairs and the unseen ones, and with the texts' embeddings moved by a constant vector of length 0.8;
-    the Frechet distance to the features of the held-out drawings."""
+def judged(cfg, path, changes, judge, clip, machine, held, train):
+    """What n pictures of each prompt are worth, at guidance 3 (a classic GPT: 1) but for `changes` to what sample.py
+    does: the shares of right object and colour, of all pairs and the unseen ones, and with the texts' embeddings moved
+    by a constant vector of length 0.8; the Frechet distance to the features of the held-out drawings."""
     gpt, checkpoint = load_gpt(path, machine.device)
     vqgan = load_vqgan(checkpoint["vqgan"], machine.device)[0]
     options = sample.settings(sample.Config(), gpt, checkpoint) | {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
+    options |= changes
     wanted, prompts = evaluate.toy_prompts()
     texts, wanted = clip.text(prompts), [w for w in wanted for _ in range(cfg.n)]
-    gaps = {0.0: gpt, 0.8: evaluate.with_gap(gpt, clip, 0.8)}
+    gaps = {0.0: gpt, 0.8: evaluate.with_gap(gpt, clip, 0.8, train)}
     plain, moved = (evaluate.draw((net, vqgan), evaluate.shifted(texts, gap), prompts, cfg.n, options, machine,
                                   evaluate.Config()) for gap, net in gaps.items())
     right, after = (evaluate.match(judge, made, wanted, machine) for made in (plain, moved))
@@ -94,11 +99,14 @@ def main():
     clip = load_clip(f"{cfg.models}/clip.pt")
     judge = evaluate.get_judge(evaluate.Config(data=cfg.data, out=cfg.models), machine)
     held = evaluate.judge_features(judge, read_world(cfg.data, "heldout")[0], machine)
+    train = read_world(cfg.data, "train")[0][:2000]
     parts = [part for part in cfg.only.split(",") if part]
+    rows = [*VARIANTS, *SAMPLING]
     for part in parts:
-        if not any(part in name for name in VARIANTS):
-            fail(f"--only={cfg.only}: no row has '{part}' in its name; the rows are {', '.join(VARIANTS)}")
-    chosen = {k: v for k, v in VARIANTS.items() if k == "reference" or not parts or any(part in k for part in parts)}
+        if not any(part in name for name in rows):
+            fail(f"--only={cfg.only}: no row has '{part}' in its name; the rows are {', '.join(rows)}")
+    rows = [k for k in rows if k == "reference" or not parts or any(part in k for part in parts)]
+    chosen = {k: VARIANTS[k] for k in rows if k in VARIANTS}
     slug = {name: re.sub(r"\W+", "-", name).strip("-") for name in chosen}
 
     def options(name):
@@ -127,31 +135,36 @@ def main():
             rates[name].append(float(re.search(r"([\d.e+]+) steps/s", said)[1]))
     speed |= {name: statistics.median(rates[name]) / statistics.median(rates["reference"]) for name in new}
     write_json(known, speed)
-    judging = Lock()
 
-    def one(job):
-        """Train and judge one variant with one seed."""
+    def trained(job):
+        """The folder of one variant's run with one seed, its steps and its validation loss."""
         seed, name = job
         out, steps = f"{cfg.out}/{slug[name]}-{seed}", max(1, round(cfg.max_steps * speed[name] / 10)) * 10
         stage("train_gpt.py", [*words[name], f"--out={out}", f"--seed={seed}", f"--max_steps={steps}",
                                f"--eval_every={steps}"])  # one that is finished says so, one made otherwise is refused
         losses = re.findall(r'"val_loss": ([\d.]+)', Path(out, "gpt.jsonl").read_text())
-        with judging:
-            found = judged(cfg, f"{out}/gpt.pt", judge, clip, machine, held)
-        print(f"{name}, seed {seed}: validation loss {losses[-1]}, right {found['both']:.1%}, Frechet distance "
-              f"{found['frechet']:.0f}", flush=True)
-        return {"name": name, "seed": seed, "steps": steps, "val_loss": float(losses[-1])} | found
+        print(f"{name}, seed {seed}: validation loss {losses[-1]}", flush=True)
+        return out, steps, float(losses[-1])
+
+    def one(job):
+        """Judge one row with one seed."""
+        seed, name = job
+        out, steps, loss = ready[seed, name if name in chosen else "reference"]
+        found = judged(cfg, f"{out}/gpt.pt", SAMPLING.get(name, {}), judge, clip, machine, held, train)
+        print(f"{name}, seed {seed}: right {found['both']:.1%}, Frechet distance {found['frechet']:.0f}", flush=True)
+        return {"name": name, "seed": seed, "steps": steps, "val_loss": loss} | found
 
     jobs = [(seed, name) for seed in range(cfg.seeds) for name in chosen]
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        runs = list(pool.map(one, jobs))
+        ready = dict(zip(jobs, pool.map(trained, jobs)))
+        runs = list(pool.map(one, [(seed, name) for seed in range(cfg.seeds) for name in rows]))
     columns = {"val_loss": ("validation loss", 1, 3), "both": ("object and colour", 100, 1),  # title, times, digits
                "unseen": ("unseen pairs", 100, 1), "moved": ("object and colour, gap 0.8", 100, 1),
                "frechet": ("Fréchet distance", 1, 0)}
     titles = [title for title, _, _ in columns.values()]
     lines = ["| variant | steps in the same time | " + " | ".join(titles) + " |",
              "| --- | --- |" + " --- |" * len(titles)]
-    for name in chosen:
+    for name in rows:
         mine = [r for r in runs if r["name"] == name]
         cells = []
         for key, (_, times, digits) in columns.items():
@@ -164,7 +177,7 @@ def main():
         f.write_text("\n".join(lines) + "\n")
     pictures = cfg.n * len(COLOURS) * len(OBJECTS)
     write_json(Path(cfg.out, "ablations.json"), {"runs": runs, "speed": speed, "pictures": pictures})
-    noise = [(0.5 if n == "reference" else float(n.split()[1]), n) for n in chosen if n == "reference" or "noise" in n]
+    noise = [(0.5, "reference"), *((float(n.split()[1]), n) for n in chosen if n.startswith("noise"))]
     points = {key: [(x, sum(r[key] for r in runs if r["name"] == n) / cfg.seeds,
                      min(r[key] for r in runs if r["name"] == n), max(r[key] for r in runs if r["name"] == n))
                     for x, n in sorted(noise)] for key in ("both", "moved")}

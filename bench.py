@@ -51,10 +51,10 @@ class Config:
     batch: Count = 8                    # pictures sampled at a time, beside one at a time
     rows: AutoCount = None              # rows of the large GPT's training step (auto: 4 on a CPU, 64 on a GPU)
     pixels: Count = 128                 # side of the large VQGAN's pictures
-    pictures: AutoCount = None          # pictures of its training step (auto: 4 on a CPU, 32 on a GPU)
+    pictures: AutoCount = None          # pictures of its training step (auto: 8 on a CPU, 32 on a GPU)
     steps: Count = 3                    # large training steps: two to warm up, the others are timed
     photos: str = ""                    # JPEGs to prepare, a folder or tar; empty: drawn, smooth noise of 320 x 240
-    jpegs: Count = 2048                 # how many to draw
+    jpegs: Count = 6144                 # how many to draw
     mib: Count = 1024                   # size of the dump that is read cold, from the disk
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # auto: trainers and prepare.py choose, sampling in bfloat16
@@ -77,9 +77,9 @@ def rate_of(machine, work, seconds):
     return 1 / best
 
 
-def memory(machine):
-    """The most this process ever held, in GiB."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def memory(machine, who=resource.RUSAGE_SELF):
+    """The most this process ever held, in GiB; or the largest of its finished children, RUSAGE_CHILDREN."""
+    most = resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else most) / 2 ** 30
 
 
@@ -126,6 +126,8 @@ def sample(cfg, limit):
         gpt = GPT(GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)).requires_grad_(False).eval()
     for p in (p for p in gpt.parameters() if not p.any()):  # the layers that start at zero
         p.normal_(std=0.02)
+    peak = limit[limit["dtype"]]["products"]
+    numbers = sum(m.weight.numel() for m in gpt.modules() if isinstance(m, torch.nn.Linear) and m is not gpt.cond_proj)
     for b in (1, cfg.batch):  # without a cache: 8 lengths, each for an eighth of the positions
         cond, plain[b] = torch.randn(b, 512, device=machine.device), 0
         for length in range(t // 16, t, t // 8):
@@ -134,10 +136,11 @@ def sample(cfg, limit):
                 gpt(cond, torch.zeros(b, length, dtype=torch.long, device=machine.device))[:, -1].argmax(-1)
             wait(machine)
             plain[b] += (time.perf_counter() - begun) * t / 8
-        rows.append(row(f"sampling, no cache, batch {b}, {limit['dtype']}", b * t / plain[b], "tokens/s"))
+        rows.append(row(f"sampling, no cache, batch {b}, {limit['dtype']}", b * t / plain[b], "tokens/s",
+                        peak / (numbers * t), "the peak of products", memory(machine)))  # 2 FLOPs a weight, t/2 tokens
     dtype = torch.bfloat16 if cfg.dtype == "auto" else machine.dtype
     layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
-    numbers, half = sum(math.prod(m.weight.shape) for m in layers), str(dtype)[6:]
+    half = str(dtype)[6:]
     # on a CPU only as it is: torch.compile does not take weights in oneDNN's own layout
     for compiled, name in kinds(cfg, limit) if limit["device"] == "cuda" else [(False, "")]:
         if compiled:
@@ -282,12 +285,14 @@ def prepares(cfg, limit):
         for _, a, b, _ in loader:
             pass
     decoded, a, b = len(source.names) / (time.time() - begun), a[:c.batch_size], b[:c.batch_size]
+    largest = memory(machine, resource.RUSAGE_CHILDREN) if machine.device.type == "cpu" else None
     networks = len(a) / c.crops * rate_of(machine, lambda: prepare.rows_of(a, b, net, clip, machine), 3)
     shared = machine.device.type == "cpu"
     bound = 1 / (1 / decoded + 1 / networks) if shared else min(decoded, networks)
     return [row(f"prepare, decoding alone, {c.workers} workers", decoded, "pictures/s"),
             row("prepare, networks alone", networks, "pictures/s", None, "", memory(machine)),
-            row("prepare, prepare.py", rate, "pictures/s", bound, "the sum of both" if shared else "the slower one")]
+            row("prepare, prepare.py", rate, "pictures/s", bound, "the sum of both" if shared else "the slower one",
+                largest)]
 
 
 def batches(cfg, step):
@@ -303,15 +308,19 @@ def batches(cfg, step):
             os.fsync(f.fileno())
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         arrays.append(np.memmap(data / name, dtype, "r", shape=(n, width)))
-    batch, seconds = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b)), []
-    for i in range(60):
-        begun = time.perf_counter()
-        batch(i)
-        seconds.append(time.perf_counter() - begun)
-        time.sleep(step)
-    mean = sum(seconds[10:]) / 50
-    return [row(f"batches of {b} cold rows of a {cfg.mib} MiB dump", b / mean, "rows/s"),
-            row("    their time / the demo's GPT step and them", mean / (mean + step), "x")]
+
+    def mean_time(pause):
+        batch, seconds = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b)), []
+        for i in range(60):
+            begun = time.perf_counter()
+            batch(i)
+            seconds.append(time.perf_counter() - begun)
+            time.sleep(pause)
+        return sum(seconds[10:]) / 50
+    cold, warm = mean_time(step), mean_time(0)  # the second time the same rows lie in memory
+    return [row(f"batches of {b} cold rows of a {cfg.mib} MiB dump", b / cold, "rows/s", b / warm, "the same rows warm",
+                memory(Machine("cpu", "float32"))),
+            row("    their time / the demo's GPT step and them", cold / (cold + step), "x")]
 
 
 def main():

@@ -3,8 +3,9 @@
 On the toy world that can be known: a small classifier, trained on true drawings and their attributes and on nothing
 else, says what a picture shows. It judges true held-out drawings and their reconstructions too, which is as well as any
 generator behind this VQGAN could do. On other data a CLIP judges, better another one than the GPT was trained with
-(--judge). With --controls the same GPT is trained twice more, on the captions' embeddings and on nothing; with
---optimise the paper's opponent draws too: a search for latents whose picture CLIP likes."""
+(--judge). On the toy world the same GPT is also trained twice more, on the captions' embeddings and on nothing, and the
+paper's opponent draws too: a search for latents whose picture CLIP likes. All of it takes minutes; --controls=False
+--optimise=0 --plots=False leaves the samples' own rows."""
 import copy
 import itertools
 import math
@@ -21,10 +22,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import sample
-from common import (AutoAmount, AutoShare, AutoWhole, Amount, Count, Device, Dtype, Machine, Pictures, Progress, Share,
-                    Whole, centre_crops, configure, crop, digest, fail, file_sha256, learning_rate, load_clip, load_gpt,
-                    save_grid, split_names, to_image, to_tensor, whole, write_json)
-from prepare import GENERIC
+from common import (AutoAmount, AutoBool, AutoShare, AutoWhole, Amount, Count, Device, Dtype, Machine, Pictures,
+                    Progress, Share, Whole, centre_crops, configure, crop, digest, fail, file_sha256, learning_rate,
+                    load_clip, load_gpt, save_grid, split_names, to_image, to_tensor, whole, write_json)
+from prepare import GENERIC, text_mean
 from toy import BACKGROUNDS, COLOURS, OBJECTS, SIZES, UNSEEN, read_world
 from train_gpt import open_dump
 
@@ -33,7 +34,7 @@ from train_gpt import open_dump
 class Config:
     data: str = "data/toy"              # the toy world, or any folder or .tar of pictures
     texts: str = ""                     # for other data than the toy world: a file of prompts, one a line
-    out: str = "out/toy"                # match.json, match.md, match.png, guidance.png, judge.pt
+    out: str = "out/toy"                # match.json, match.md, match.png, compare.png, the plots, judge.pt
     gpt: str = ""                       # as in sample.py
     vqgan: str = ""                     # as in sample.py
     clip: str = ""                      # as in sample.py
@@ -47,9 +48,9 @@ class Config:
     variety: AutoAmount = None          # as in sample.py
     seed: Whole = 0                     # of the samples
     gap: Amount = 0.8                   # length of the constant vector added to all texts' embeddings for the row "gap"
-    guidances: bool = False             # also draw at guidance 1 to 6 and plot the match, guidance.png
-    controls: bool = False              # also train and judge the same GPT on caption embeddings and on nothing
-    optimise: Whole = 0                 # prompts that optimisation against CLIP draws, in 10 and 100 times our time
+    plots: AutoBool = None              # match against guidance and variety, two PNGs of those names (auto: toy world)
+    controls: AutoBool = None           # train the GPT on captions' embeddings and on nothing too (auto: toy world)
+    optimise: AutoWhole = None          # prompts that optimisation against CLIP draws too (auto: toy world, 96)
     judge_steps: Count = 300            # training steps of the judge
     min_match: Share = 0.0              # exit with code 1 if fewer samples than this show the right object and colour
     batch_size: Count = 96              # pictures at a time
@@ -196,11 +197,14 @@ def toy_prompts():
     return wanted, ["a {colour} {object}".format(**w) for w in wanted]
 
 
-def with_gap(gpt, clip, length):
-    """A copy of a GPT that expects texts where `shifted` moves them to: centring subtracts the mean of those."""
+@torch.no_grad()
+def with_gap(gpt, clip, length, pictures):
+    """A copy of a GPT that expects texts where `shifted` moves them to: centring subtracts what prepare.py would have
+    found in that CLIP, given some training pictures, uint8 (N, S, S, 3)."""
     gpt = copy.deepcopy(gpt)
     if gpt.means[1].any():
-        gpt.means[1] = shifted(clip.text(GENERIC), length).mean(0)
+        gpt.means[1] = text_mean(shifted(clip.text(GENERIC), length), clip_embeddings(clip, pictures),
+                                 clip.model.logit_scale.exp())
     return gpt
 
 
@@ -215,8 +219,8 @@ def frechet(a, b):
 
 def quality(features, pictures, groups, reference, train, n, seed=0):
     """Figures that need no labels, of pictures uint8 (N, S, S, 3): the Frechet distance of n of them to the reference's
-    features, with its spread over 10 resamplings; the mean distance between features within a group (pictures of one
-    prompt); the distance to the nearest training picture, RMS over pixels at 16 x 16."""
+    features, with 1.96 standard deviations of it over 10 resamplings; the mean distance between features within a group
+    (pictures of one prompt); the distance to the nearest training picture, RMS over pixels at 16 x 16."""
     rng, f = np.random.default_rng(seed), features(pictures)
     index = rng.permutation(len(f))[:n]
     again = [frechet(f[rng.choice(index, len(index))], reference) for _ in range(10)]
@@ -225,8 +229,27 @@ def quality(features, pictures, groups, reference, train, n, seed=0):
     small = tiny(pictures[index])
     square = (small ** 2).sum(1)[:, None] - 2 * small @ train.T + (train ** 2).sum(1)  # (n, train)
     near = np.sqrt(np.maximum(square.min(1), 0) / train.shape[1])
-    return {"frechet": frechet(f[index], reference), "frechet_spread": float(1.96 * np.std(again)), "n": len(index),
-            "diversity": float(np.mean(apart)) if apart else None, "nearest": float(near.mean())}
+    return {"frechet": {"mean": frechet(f[index], reference), "half": float(1.96 * np.std(again)), "n": len(index)},
+            "diversity": mean(apart) if apart else None, "nearest": mean(near)}
+
+
+def mean(x):
+    """{"mean", "half", "n"}: 1.96 standard errors either way."""
+    return {"mean": float(np.mean(x)), "half": float(1.96 * np.std(x) / len(x) ** 0.5), "n": len(x)}
+
+
+def ratio(a, b):
+    """The ratio of two shares as `share` gives them, with its 95% interval (Katz et al. 1978)."""
+    r = a["share"] / max(1e-9, b["share"])
+    spread = 1.96 * math.sqrt(sum((1 - x["share"]) / max(1e-9, x["share"] * x["n"]) for x in (a, b)))
+    return {"ratio": r, "low": r * math.exp(-spread), "high": r * math.exp(min(spread, 99))}
+
+
+def nearer(a, b, reference, rounds=40):
+    """The share of resamplings in which the features a (N, F) have a smaller Frechet distance to the reference than b
+    (N, F) have, the same prompts taken of both."""
+    picks = [np.random.default_rng((0, i)).integers(len(a), size=len(a)) for i in range(rounds)]
+    return float(np.mean([frechet(a[i], reference) < frechet(b[i], reference) for i in picks]))
 
 
 def tiny(pictures):
@@ -240,8 +263,7 @@ def retrieval(clip, pictures, texts, own):
     cosines = clip_embeddings(clip, pictures) @ texts.T                                # (N, P)
     own = torch.as_tensor(own, device=cosines.device)
     mine = cosines.gather(1, own[:, None])[:, 0]
-    return {"similarity": {"mean": mine.mean().item(), "half": 1.96 * mine.std().item() / len(mine) ** 0.5,
-                           "n": len(mine)}, "retrieval": share((cosines.argmax(1) == own).tolist())}
+    return {"similarity": mean(mine.cpu().numpy()), "retrieval": share((cosines.argmax(1) == own).tolist())}
 
 
 def optimise(vqgan, clip, texts, marks, side, seed):
@@ -345,13 +367,17 @@ def main():
         fail(f"{cfg.data} is no toy world (no captions.tsv); draw one with toy.py, or give prompts, --texts=FILE")
     if toy and cfg.texts:
         fail("--texts is for other pictures than the toy world, whose prompts are its own; name them with --data")
-    if cfg.controls and not (toy and cfg.gpt):
-        fail("--controls=True needs the toy world, which has captions, and --gpt=FILE")
+    if cfg.controls and not toy:
+        fail("--controls=True needs the toy world, which has captions")
     if cfg.optimise == 1:
         fail("--optimise=1 is too few to compare; it takes 0 or from 2 prompts on")
+    cfg.gpt = cfg.gpt or sample.newest_gpt()
     gpt, vqgan, clip, options = sample.load(cfg, machine)
-    if cfg.guidances and options["cfg"] == 1:
-        fail("--guidances=True needs a GPT trained with dropped conditions, and another --cfg than 1")
+    if cfg.plots and options["cfg"] == 1:
+        fail("--plots=True needs a GPT trained with dropped conditions, and another --cfg than 1")
+    cfg.plots = toy and options["cfg"] != 1 if cfg.plots is None else cfg.plots
+    cfg.optimise = 96 * toy if cfg.optimise is None else cfg.optimise
+    cfg.controls = toy and not gpt.cfg.classic if cfg.controls is None else cfg.controls
     if cfg.controls and gpt.cfg.classic:
         fail("--controls=True needs a GPT that is not classic, one that can do without its condition")
     referee = load_clip(cfg.judge, machine.device, cfg.trust_jit) if cfg.judge else clip
@@ -382,7 +408,7 @@ def main():
     theirs = texts if referee is clip else referee.text(prompts)
     enough = min(len(held) // 2, len(prompts) * cfg.n)  # as many pictures in every Frechet distance
     reference, near = features(held), tiny(train)
-    table, sheet = {}, {}
+    table, sheet, findings, say = {}, {}, {}, []
     if toy:
         captions = clip.text([r["caption"] for r in rows[:500]])
         cosine = (clip_embeddings(clip, held[:500]) * captions).sum(1).mean().item()
@@ -394,7 +420,7 @@ def main():
             retrieval(referee, pictures, theirs, own) if own is not None else {}) | quality(
             features, pictures, groups, reference, near, n or enough)
         right = f"right object and colour {table[name]['both']['share']:.1%}, " if toy else ""
-        machine.say(f"{name}: {right}Frechet distance {table[name]['frechet']:.2f}")
+        machine.say(f"{name}: {right}Frechet distance {table[name]['frechet']['mean']:.2f}")
 
     def text_row(name, nets, texts, options):
         made = draw(nets, texts, prompts, cfg.n, options, machine, cfg)
@@ -411,7 +437,7 @@ def main():
     best = made[np.arange(len(prompts)) * cfg.n + score.argmax(1).cpu().numpy()]
     judge_row(f"the same, best of {cfg.n} by CLIP", best, wanted, prompts, range(len(prompts)))
     if options["variety"]:
-        text_row("samples with --variety=0, N=1", (gpt, vqgan), texts, options | {"variety": 0.0})
+        text_row("samples at variety 0", (gpt, vqgan), texts, options | {"variety": 0.0})
     if toy:
         pairs = [i for i, w in enumerate(wanted) if (w["colour"], w["object"]) in UNSEEN]
         made_unseen = draw((gpt, vqgan), texts[pairs], [prompts[i] for i in pairs], 4 * cfg.n, options, machine, cfg)
@@ -431,21 +457,24 @@ def main():
     gaps = {0.0: (gpt, ours)}  # length of the gap: the GPT that expects it, its row
     if cfg.gap and not gpt.cfg.classic:
         name = f"samples, the texts' embeddings moved by {cfg.gap:g}"
-        gaps[cfg.gap] = with_gap(gpt, clip, cfg.gap), name
+        gaps[cfg.gap] = with_gap(gpt, clip, cfg.gap, train[:2000]), name
         text_row(name, (gaps[cfg.gap][0], vqgan), shifted(texts, cfg.gap), options)
-    if cfg.guidances:  # twice: as it is, and with the gap
+    for option, title, values in (("cfg", "guidance", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
+                                  ("variety", "variety", (0.0, 0.25, 0.5, 0.75, 1.0, 1.5))) if cfg.plots else ():
         key, lines = "both" if toy else "retrieval", {}
-        for gap, g in itertools.product(gaps, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)):
+        for gap, value in itertools.product(gaps, values):  # twice: as it is, and with the gap
             moved, name = gaps[gap]
             suffix = f", gap {gap:g}" if gap else ""
-            if g != options["cfg"]:
-                name = f"samples at guidance {g:g}{suffix}"
-                text_row(name, (moved, vqgan), shifted(texts, gap), options | {"cfg": g})
+            if value != options[option]:
+                name = f"samples at {title} {value:g}{suffix}"
+            if name not in table:
+                text_row(name, (moved, vqgan), shifted(texts, gap), options | {option: value})
             for line in (key, "unseen") if toy else (key,):
                 point = table[name][line]
-                lines.setdefault(line + suffix, []).append((g, *(point[k] for k in ("share", "low", "high"))))
-        plot(Path(cfg.out, "guidance.png"), f"match against guidance, n={len(prompts) * cfg.n}, seed {cfg.seed}",
-             "classifier-free guidance", lines)
+                lines.setdefault(line + suffix, []).append((value, *(point[k] for k in ("share", "low", "high"))))
+        plot(Path(cfg.out, f"{title}.png"), f"match against {title}, n={len(prompts) * cfg.n}, seed {cfg.seed}",
+             "classifier-free guidance" if option == "cfg" else "noise of the conditions when sampling, in spreads",
+             lines)
     if cfg.controls:
         checkpoint = load_gpt(cfg.gpt, machine.device)[1]
         dump = str(Path(cfg.out, "caption_tokens"))
@@ -455,8 +484,10 @@ def main():
         text_row(captioned, (load_gpt(other, machine.device)[0], vqgan), texts, options | {"variety": 0.0})
         other = train_control(cfg, "unconditioned", checkpoint, drop=1.0)
         text_row(nothing, (load_gpt(other, machine.device)[0], vqgan), texts, options | {"cfg": 0.0})
-        ratio = table[ours]["both"]["share"] / max(1e-9, table[captioned]["both"]["share"])
-        machine.say(f"right object and colour, language-free / captioned: {ratio:.3f}")
+        bought = ratio(table[ours]["both"], table[captioned]["both"])
+        findings["language-free / captioned"] = bought
+        say.append("Right object and colour, language-free / captioned: "
+                   "{ratio:.3f} ({low:.3f}–{high:.3f}).".format(**bought))
     if cfg.optimise:
         chosen = np.random.default_rng(0).permutation(len(prompts))[:cfg.optimise]
         draw((gpt, vqgan), texts[:1], ["warm"], 1, options, machine, cfg)
@@ -468,18 +499,25 @@ def main():
             parts.append(optimise(vqgan, clip, texts[some], (10 * one, 100 * one), gpt.cfg.grid, cfg.seed))
             bar(len(some))
         what = wanted and [wanted[i] for i in chosen]
-        judge_row(f"our first pictures of {len(chosen)} prompts, {one * 1e3:.0f} ms each", made[chosen * cfg.n], what,
-                  list(chosen), chosen)
+        first = made[chosen * cfg.n]
+        judge_row(f"our first pictures of {len(chosen)} prompts, {one * 1e3:.0f} ms each", first, what, list(chosen),
+                  chosen)
         for factor, pictures in zip((10, 100), map(np.concatenate, zip(*parts))):
             name = f"those by optimisation against CLIP, {factor} times our time"
             judge_row(name, pictures, what, list(chosen), chosen)
             sheet[name] = np.zeros_like(made[::cfg.n])
             sheet[name][chosen] = pictures
-    print(markdown := report(table, toy), flush=True)
+            findings[name] = {"ours is nearer": nearer(features(first), features(pictures), reference)}
+            say.append(f"Our Fréchet distance is smaller than that of {name} in "
+                       f"{findings[name]['ours is nearer']:.0%} of 40 resamplings of the {len(chosen)} prompts.")
+    drawn = ", ".join(f"{k} {options[k]:g}" for k in ("cfg", "temperature", "top_k", "top_p", "variety"))
+    say.append(f"GPT {cfg.gpt}, seed {cfg.seed}; {drawn}. Shares with Wilson's 95% intervals, means ± 1.96 standard "
+               "errors, Fréchet distances ± 1.96 standard deviations over resamplings; n pictures.")
+    print(markdown := "\n".join([report(table, toy), *say]), flush=True)
     with whole(Path(cfg.out, "match.md")) as f:
         f.write_text(markdown + "\n")
     write_json(Path(cfg.out, "match.json"), {"config": asdict(cfg), "options": options, "judge": referee.name,
-                                             "seed": cfg.seed, "table": table})
+                                             "seed": cfg.seed, "table": table, "findings": findings})
     save_grid(Path(cfg.out, "match.png"), [Image.fromarray(p) for p in made], 2 * cfg.n, prompts, cfg.n)
     shown = np.sort(chosen[:12]) if cfg.optimise else np.arange(0, len(prompts), max(1, len(prompts) // 12))
     save_grid(Path(cfg.out, "compare.png"), [Image.fromarray(p[i]) for p in sheet.values() for i in shown], len(shown),
@@ -490,21 +528,18 @@ def main():
 
 
 def report(table, toy):
-    """The rows as Markdown: shares with Wilson's 95% intervals, means with 1.96 standard errors."""
+    """The rows as Markdown, every figure with its interval and the number of samples."""
     def cell(x):
-        if x is None or isinstance(x, float):
-            return "" if x is None else f"{x:.3f}"
+        if x is None:
+            return ""
         if "share" in x:
             return f"{x['share']:.1%} ({x['low']:.1%}–{x['high']:.1%}), n={x['n']}"
-        return f"{x['mean']:.3f} ± {x['half']:.3f}"
+        return f"{x['mean']:.3f} ± {x['half']:.3f}, n={x['n']}"
     names = (["object", "colour", "both", "unseen", "background"] if toy else []) + ["similarity", "retrieval"]
     lines = []
     for columns in (names, ["frechet", "diversity", "nearest"]):
         lines += ["| pictures | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-        for what, row in table.items():
-            cells = [f"{row['frechet']:.2f} ± {row['frechet_spread']:.2f}, n={row['n']}" if k == "frechet" else
-                     cell(row.get(k)) for k in columns]
-            lines.append(f"| {what} | " + " | ".join(cells) + " |")
+        lines += [f"| {what} | " + " | ".join(cell(row.get(k)) for k in columns) + " |" for what, row in table.items()]
         lines.append("")
     return "\n".join(lines)
 

@@ -44,14 +44,23 @@ class Config:
     dtype: Dtype = "float32"            # of the networks: auto, float32, bfloat16, float16
 
 
-# Everyday phrases, tied to no picture and none of them a prompt of the evaluation; their mean embedding is where CLIP
-# keeps its texts, and centring subtracts it.
-GENERIC = [f"a photo of {thing}" for thing in (
-    "a person", "a dog", "a street", "food on a table", "a mountain", "the sea", "a room", "a house", "a tree", "a car",
-    "a boat", "a bus", "a flower", "the moon", "a cup", "a star", "a fish")]
-GENERIC += [f"something {c}" for c in ("red", "blue", "green", "yellow", "pink", "brown", "purple", "black", "white")]
-GENERIC += ["a picture", "a drawing", "a small thing", "a large thing", "a heart", "a mushroom", "a grey background",
-            "a white background", "a sky background", "a sand background"]
+# Everyday phrases, tied to no picture and none of them a prompt of the evaluation.
+GENERIC = [f"a {noun}" for noun in (
+    "person man woman child face hand dog cat bird horse cow fish insect butterfly snake bear sheep elephant tree "
+    "flower leaf mushroom fruit vegetable cake pizza plate cup bottle table chair bed lamp room kitchen window door "
+    "house building church tower bridge street road car bus truck train bicycle boat ship plane mountain hill beach "
+    "river lake forest field garden cloud sunset star moon heart ball toy clock book phone computer sign letter shoe "
+    "hat shirt bag ring painting drawing photo map crowd team game market shop fire").split()]
+GENERIC += [f"something {colour}" for colour in "red blue green yellow pink brown purple black white".split()]
+GENERIC += [f"a {colour} background" for colour in "grey white sky sand".split()]
+
+
+def text_mean(phrases, pictures, scale):
+    """Where CLIP keeps the texts that suit such pictures, which is what centring subtracts from a text: the mean of
+    phrases' embeddings (P, D), each weighed by how often CLIP names it when it is asked what a picture (N, D) shows. No
+    picture has a caption for that; a plain mean lies off, for most phrases suit no picture at hand. `scale` is CLIP's
+    exp(logit_scale). Returns (D,)."""
+    return (scale * pictures @ phrases.T).softmax(1).mean(0) @ phrases
 
 
 class Chunks(torch.utils.data.Dataset):
@@ -200,20 +209,21 @@ def join(out, parts, splits, cfg, made, side, codes, clip, dtype, machine):
         fail(f"none of the {len(splits['train'])} training pictures of {cfg.data} could be read, the first: "
              f"{skipped[0] if skipped else 'all are held out'}")
     files = {f"{s}_{kind}.bin": file_sha256(out / f"{s}_{kind}.bin") for s in splits for kind in ("tokens", "clip")}
-    texts = clip.text(GENERIC)
+    phrases, step = clip.text(GENERIC).cpu(), -(-rows["train"] // 10000)
+    some = np.memmap(out / "train_clip.bin", np.float16, "r", shape=(rows["train"], clip.dim))[::step]
+    some = torch.from_numpy(some.astype(np.float32))                                   # (at most 10000, D)
+    texts = text_mean(phrases, some, clip.model.logit_scale.exp().item())
     meta = {
         **made, "train_rows": rows["train"], "val_rows": rows["val"], "tokens": side ** 2,
         "grid": side, "codes": codes, "tokens_dtype": np.dtype(dtype).name,
         "clip_dim": clip.dim, "clip_dtype": "float16", "files": files, "image_mean": (total / rows["train"]).tolist(),
-        "text_mean": texts.cpu().double().mean(0).tolist(), "skipped_count": len(skipped), "skipped": skipped}
+        "text_mean": texts.tolist(), "skipped_count": len(skipped), "skipped": skipped}
     meta = json.loads(json.dumps(meta))  # as it will be read back
     write_json(out / "meta.json", meta | {"digest": digest(meta)})
     shutil.rmtree(parts)
-    mean, generic = (torch.tensor(meta[k]) for k in ("image_mean", "text_mean"))
-    rows_clip = np.fromfile(out / "train_clip.bin", np.float16, 1000 * clip.dim).reshape(-1, clip.dim)
-    nearest = (torch.from_numpy(rows_clip.astype(np.float32)) @ texts.cpu().T).max(1).values.mean().item()
-    machine.say(f"modality gap: {(mean - generic).norm():.3f} between the mean embeddings of pictures and of "
-                f"{len(GENERIC)} generic phrases; cosine of a picture to the nearest of those {nearest:.3f}")
+    gap, nearest = (torch.tensor(meta["image_mean"]) - texts).norm(), (some @ phrases.T).max(1).values.mean()
+    machine.say(f"modality gap: {gap:.3f} between the mean embeddings of pictures and of {len(GENERIC)} generic "
+                f"phrases, each counted as often as it suits one; cosine of a picture to the nearest {nearest:.3f}")
     first = f", the first: {': '.join(skipped[0])}" if skipped else ""
     machine.say(f"wrote {rows['train']} training and {rows['val']} validation rows to {out}; {len(skipped)} pictures "
                 f"skipped{first}; next: python train_gpt.py --data={out}")

@@ -90,14 +90,18 @@ def settings(cfg, gpt, meta):
     return options
 
 
+def newest_gpt():
+    """The newest finished GPT under out/."""
+    others = {"captioned", "unconditioned", "ablations"}  # trained by evaluate.py and ablate.py, for comparison
+    found = [p for p in Path("out").glob("**/gpt.pt") if not others & set(p.parts)]
+    if not found:
+        fail("there is no finished GPT under out/; run make demo, or train_gpt.py")
+    return str(max(found, key=lambda p: p.stat().st_mtime))
+
+
 def load(cfg, machine):
     """The three networks and the sampling options (gpt, vqgan, clip, options), which are checked to go together."""
-    path = cfg.gpt
-    if not path:
-        others = {"captioned", "unconditioned", "ablations"}  # trained by evaluate.py and ablate.py, for comparison
-        found = sorted((p for p in Path("out").glob("**/gpt.pt") if not others & set(p.parts)),
-                       key=lambda p: p.stat().st_mtime)
-        path = found[-1] if found else fail("there is no finished GPT under out/; run make demo, or train_gpt.py")
+    path = cfg.gpt or newest_gpt()
     gpt, meta = load_gpt(path, machine.device)
     if machine.dtype != torch.float32:
         gpt.pack(machine.dtype)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import prepare
 import sample
 import train_gpt
 import vqgan
@@ -361,6 +362,25 @@ def test_frechet_distance_by_hand():
     assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-6)
     assert evaluate.frechet(a, a + 3) == pytest.approx(6 * 9)                         # only the mean moves
     assert evaluate.frechet(a, 2 * a - a.mean(0)) == pytest.approx(np.trace(np.cov(a.T)))  # twice the spread, same mean
+
+
+def test_a_ratio_of_shares_and_which_set_is_nearer_by_hand():
+    a, b = ({"share": p, "n": 200} for p in (0.9, 0.8))
+    found = evaluate.ratio(a, b)
+    spread = 1.96 * math.sqrt(0.1 / 180 + 0.2 / 160)                                  # Katz et al. 1978
+    assert found["ratio"] == pytest.approx(1.125) and math.log(found["high"] / 1.125) == pytest.approx(spread)
+    assert evaluate.ratio(a, {"share": 0.0, "n": 200})["high"] > 0
+    reference, near, far = (np.random.default_rng(i).normal(size=(300, 4)) + x for i, x in enumerate((0, 0, 2)))
+    assert evaluate.nearer(near, far, reference) == 1 and evaluate.nearer(far, near, reference) == 0
+
+
+def test_the_mean_of_texts_is_of_those_that_suit_the_pictures():
+    """Three phrases, pictures that fit the first two, one three times as often as the other: so they weigh."""
+    phrases, pictures = torch.eye(4)[:3], torch.eye(4)[[0, 0, 0, 1]]
+    assert torch.allclose(prepare.text_mean(phrases, pictures, 1000.0), torch.tensor([0.75, 0.25, 0, 0]))
+    assert torch.allclose(prepare.text_mean(phrases, pictures, 0.0), torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
+    prompts = set(evaluate.toy_prompts()[1])
+    assert not prompts & set(prepare.GENERIC) and len(set(prepare.GENERIC)) == len(prepare.GENERIC)
 
 
 def test_the_gap_is_a_constant_vector_of_that_length():
@@ -926,8 +946,7 @@ def world(tmp_path_factory):
     said["train_gpt"] = command(HERE / "train_gpt.py", *GPT_ARGS, "--out=out/toy", cwd=d).stdout
     said["sample"] = command(HERE / "sample.py", "a red bus", "a blue fish", "--n=2", "--candidates=4", cwd=d).stdout
     (d / "captions.tsv").rename(d / "data/toy/captions.tsv")
-    said["evaluate"] = command(HERE / "evaluate.py", "--n=1", "--judge_steps=3", "--controls=True", "--optimise=3",
-                               "--guidances=True", "--gpt=out/toy/gpt.pt", cwd=d).stdout
+    said["evaluate"] = command(HERE / "evaluate.py", "--n=1", "--judge_steps=3", "--optimise=3", cwd=d).stdout
     return d, said
 
 
@@ -947,12 +966,16 @@ def test_stages_end_to_end(world):
     assert "best 2 of 4 by CLIP" in said["sample"] and "out/toy/gpt.pt" in said["sample"]
     assert Image.open(d / "out/samples.png").size[0] >= 64 and len(list((d / "out/samples").glob("*.png"))) == 4
     table = json.loads((d / "out/toy/match.json").read_text())["table"]
-    assert len(table) == 25 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
-    assert table["true training pictures"]["nearest"] == pytest.approx(0, abs=1e-3)
+    assert len(table) == 34 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
+    assert table["true training pictures"]["nearest"]["mean"] == pytest.approx(0, abs=1e-3)
     assert "samples at guidance 2" in table and "samples at guidance 3" not in table  # the default is a row already
-    assert table["samples at guidance 6, gap 0.8"]["both"]["n"] == 96
-    for path in ("match.md", "compare.png", "guidance.png", "captioned/gpt.pt", "unconditioned/gpt.pt"):
+    assert table["samples at guidance 6, gap 0.8"]["both"]["n"] == table["samples at variety 1.5"]["both"]["n"] == 96
+    for path in ("match.md", "compare.png", "guidance.png", "variety.png", "captioned/gpt.pt", "unconditioned/gpt.pt"):
         assert (d / "out/toy" / path).stat().st_size > 0
+    report = (d / "out/toy/match.md").read_text()
+    assert "language-free / captioned: " in report and "seed 0" in report and "of the 3 prompts" in report
+    figures = [c for line in report.splitlines() if line.startswith("| ") for c in line.split(" | ")[1:]]
+    assert all("n=" in c and ("±" in c or "–" in c) for c in figures if any(x.isdigit() for x in c))
     assert "modality gap" in said["prepare"] and "to their own captions" in said["evaluate"]
 
 
@@ -1034,6 +1057,12 @@ def test_muon_moves_the_blocks_matrices_and_can_be_left_out(world, tmp_path):
     assert moved == {"muon": 4 * 2, "adam": len(made["model"]) - 2 - 4 * 2}  # `means` and `spread` are no parameters
     assert {k: len(o["state"]) for k, o in plain["optimizers"].items()} == {"adam": len(plain["model"]) - 2}
     assert not torch.any(plain["model"]["means"]) and not torch.any(plain["model"]["spread"])
+    command(HERE / "vqgan.py", *VQ, "--muon=False", "--max_steps=4", f"--out={tmp_path}/vq", cwd=d)
+    made, plain = (torch.load(p, weights_only=True) for p in (d / "out/toy/vqgan.pt", tmp_path / "vq/vqgan.pt"))
+    matrices, everything = sum(p.dim() == 4 for p in made["model"].values()), len(made["model"])
+    moved = {k: len(o["state"]) for k, o in made["optimizers"].items() if k != "disc"}
+    assert moved == {"muon": matrices, "adam": everything - matrices} and not vqgan.PRESETS["paper"]["muon"]
+    assert {k: len(o["state"]) for k, o in plain["optimizers"].items() if k != "disc"} == {"adam": everything}
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, stage="train_gpt", args=GPT_ARGS):
@@ -1602,17 +1631,19 @@ def test_bench_times_sampling_and_refuses_unknown_parts(tmp_path, capsys):
 @slow
 def test_slow_ablations_in_miniature(world, tmp_path):
     d, _ = world
-    args = [HERE / "ablate.py", "--only=noise 2,2 crops,256 codes", "--seeds=2", "--max_steps=20", "--n=1",
+    args = [HERE / "ablate.py", "--only=noise 2,2 crops,256 codes,guidance 6", "--seeds=2", "--max_steps=20", "--n=1",
             "--vqgan_steps=160", f"--out={tmp_path}/ablations"]
     said = command(*args, cwd=d, limit=900).stdout
     runs = json.loads((tmp_path / "ablations/ablations.json").read_text())["runs"]
-    names = ["reference", "noise 2", "2 crops a picture", "256 codes"]
+    names = ["reference", "noise 2", "2 crops a picture", "256 codes", "guidance 6 when sampling"]
     assert sorted({(r["name"], r["seed"]) for r in runs}) == sorted((n, s) for n in names for s in (0, 1))
     assert all(math.isfinite(r["val_loss"]) and 0 <= r["both"] <= 1 and r["frechet"] > 0 for r in runs)
     assert next(r["steps"] for r in runs if r["name"] == "reference") == 20
     assert (tmp_path / "ablations/noise.png").stat().st_size > 0
     table = (tmp_path / "ablations/ablations.md").read_text()
-    assert table.count("\n") == 6 and table in said
+    assert table.count("\n") == 7 and table in said
+    one, other = ([r for r in runs if r["name"] == n and r["seed"] == 1][0] for n in (names[0], names[-1]))
+    assert one["val_loss"] == other["val_loss"] and one["frechet"] != other["frechet"]  # one training, drawn from twice
     assert command(*args, cwd=d).stdout.endswith(table)  # finished runs are kept
 
 

@@ -59,7 +59,8 @@ class Config:
     # training
     max_steps: Count = 600              # training steps
     batch_size: Count = 32              # pictures a step, over all processes
-    learning_rate: Amount = 4e-3        # peak, Muon on convolutions and AdamW on the rest; warm-up, then cosine
+    muon: bool = True                   # the convolutions learn by Muon, the rest by AdamW; False: all by AdamW
+    learning_rate: Amount = 4e-3        # peak; warm-up, then cosine
     warmup: Whole = 30                  # steps of linear warm-up
     ema: Share = 0.99                   # decay of the moving average of the weights, which is what later stages use
     eval_every: Count = 300             # steps between evaluations, each with a checkpoint and recon.png
@@ -71,7 +72,7 @@ class Config:
 
 F16 = {"image_size": 256, "min_zoom": 0.8, "flip": True, "patch": 1, "ch": 128, "ch_mult": (1, 1, 2, 2, 4),
        "num_res_blocks": 2, "attn_resolutions": (16,), "groups": 32, "z_channels": 256, "clip": "ViT-B/32",
-       "vq_start": 2000, "warmup": 1000, "eval_every": 5000, "ema": 0.9999}
+       "muon": False, "vq_start": 2000, "warmup": 1000, "eval_every": 5000, "ema": 0.9999}
 PRESETS = {  # for --preset
     "paper": F16 | {"codes": 16384, "code_dim": 256, "l2_norm": False, "batch_size": 64, "max_steps": 300000,
                     "learning_rate": 3e-4, "disc_start": 50000},
@@ -165,9 +166,11 @@ def main():
 
     def adam(parameters):
         return torch.optim.AdamW(parameters, 0.0, (0.9, 0.99), weight_decay=0.0, fused=machine.fused)
-    opts = {"muon": Muon([p for p in model.parameters() if p.dim() == 4]),  # the convolutions
-            "adam": adam([p for p in model.parameters() if p.dim() != 4]),  # biases, norms and the codebook
-            "disc": adam(disc.parameters())}
+    convolutions = {p for p in model.parameters() if p.dim() == 4} if cfg.muon else set()
+    own = {"adam": adam([p for p in model.parameters() if p not in convolutions])}  # the VQGAN's own optimizers
+    if cfg.muon:
+        own["muon"] = Muon([p for p in model.parameters() if p in convolutions])
+    opts = own | {"disc": adam(disc.parameters())}
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     generator = torch.Generator().manual_seed(cfg.seed)
     if run.resume:
@@ -256,14 +259,13 @@ def main():
         else:
             scaler.scale(loss).backward()
         machine.average_gradients(model.parameters())
-        scaler.unscale_(opts["muon"])
-        scaler.unscale_(opts["adam"])
+        for opt in own.values():
+            scaler.unscale_(opt)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         good = math.isfinite(machine.sum(loss.detach().clone()).item() + norm.item())
         run.skip(step, good or scaler.is_enabled())  # to a scaler such a step only says that its scale is too high
-        if good:
-            scaler.step(opts["muon"])
-            scaler.step(opts["adam"])
+        for opt in own.values() if good else ():
+            scaler.step(opt)
         if adversarial:
             with machine.autocast():
                 parts["disc"] = disc_loss = hinge_loss(disc(x), judged)
