@@ -20,7 +20,7 @@ test-slow: .venv/installed
 	SLOW=1 $(PY) -m pytest -q -rs test_all.py -k test_slow
 
 match: out/toy/samples.png
-	$(PY) evaluate.py --out=out/toy --gpt=out/toy/gpt.pt
+	$(PY) evaluate.py --gpt=out/toy/gpt.pt --controls=False --optimise=0 --plots=False
 
 # clip goes in without its dependencies (torchvision is not needed here), from GitHub if that answers within ten seconds
 .venv/installed: requirements.txt

@@ -330,12 +330,20 @@ class GPTConfig:
     zero_init: bool = True    # each block's last layers and the head start at zero
 
 
+class GeluLinear(nn.Linear):
+    """A Linear with a GELU behind it, so that packed for a CPU the two are one call."""
+
+    def forward(self, x):
+        return F.gelu(super().forward(x))
+
+
 class PackedLinear(nn.Module):
     """A Linear that samples and never learns: weights cast to `dtype` once, and for one that a CPU computes in bfloat16
     laid out once as oneDNN reads them fastest. Autocast would cast all of them anew for every token."""
 
     def __init__(self, linear, dtype):
         super().__init__()
+        self.gelu = isinstance(linear, GeluLinear)
         weight, bias = linear.weight.detach().to(dtype), linear.bias
         self.weight, self.bias = weight, None if bias is None else bias.detach().to(dtype)
         self.packed = dtype == torch.bfloat16 and weight.device.type == "cpu" and \
@@ -346,8 +354,10 @@ class PackedLinear(nn.Module):
     def forward(self, x):
         x = x.to(self.weight.dtype)
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+            then, kind = ("gelu", "none") if self.gelu else ("none", "")  # GELU's kind "none" is the exact one
+            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, then, [], kind)
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y) if self.gelu else y
 
 
 class Block(nn.Module):
@@ -358,29 +368,23 @@ class Block(nn.Module):
         c, self.n_head = cfg.n_embd, cfg.n_head
         self.ln_1, self.ln_2 = nn.LayerNorm(c), nn.LayerNorm(c)
         self.qkv, self.proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
-        self.fc, self.fc_out = nn.Linear(c, 4 * c), nn.Linear(4 * c, c)
+        self.fc, self.fc_out = GeluLinear(c, 4 * c), nn.Linear(4 * c, c)
 
     def forward(self, x, cache=None, pos=0):
         b, t, c = x.shape
-        qkv = self.qkv(self.ln_1(x))                                                            # (B, t, 3C)
-        if cache is not None:
-            qkv = qkv.to(cache[0].dtype)  # once here, or each small step to come would convert
-        q, k, v = qkv.view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()            # (B, H, t, hd) each
+        qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (3, B, H, t, hd)
         if cache is None:
-            y = attend(q, k, v, is_causal=True)                                                 # (B, H, t, hd)
+            y = attend(*qkv.unbind(), is_causal=True)                                           # (B, H, t, hd)
         elif isinstance(pos, int):  # t is 1: write this position, look at all up to it
-            for kept, new in zip(cache, (k, v)):
-                kept.narrow(2, pos, 1).copy_(new)
-            keys, values = (kept.narrow(2, 0, pos + 1) for kept in cache)                       # (B, H, pos+1, hd)
-            y = attend(q, keys, values)                                                         # (B, H, 1, hd)
+            cache.narrow(3, pos, 1).copy_(qkv[1:])                                              # (2, B, H, 1, hd)
+            keys, values = cache.narrow(3, 0, pos + 1).unbind()                                 # (B, H, pos+1, hd)
+            y = attend(qkv[0].to(cache.dtype), keys, values)                                    # (B, H, 1, hd)
         else:  # the same in shapes that stay, for torch.compile: look at all, those to come masked
-            keys, values = cache                                                                # (B, H, T, hd)
-            keys.index_copy_(2, pos, k)
-            values.index_copy_(2, pos, v)
-            seen = torch.arange(keys.shape[2], device=pos.device) <= pos                        # (T,)
-            y = attend(q, keys, values, mask=seen.expand(b, 1, 1, -1))                          # (B, H, 1, hd)
+            cache.index_copy_(3, pos, qkv[1:].to(cache.dtype))
+            seen = torch.arange(cache.shape[3], device=pos.device) <= pos                       # (T,)
+            y = attend(qkv[0].to(cache.dtype), *cache.unbind(), mask=seen.expand(b, 1, 1, -1))  # (B, H, 1, hd)
         x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
-        return x + self.fc_out(F.gelu(self.fc(self.ln_2(x))))
+        return x + self.fc_out(self.fc(self.ln_2(x)))
 
 
 class GPT(nn.Module):
@@ -465,15 +469,15 @@ class GPT(nn.Module):
         if guidance != 1.0:
             x = torch.cat([x, self.null.expand_as(x)])                                          # (2B, 1, C)
         kept = torch.float32 if x.device.type == "cpu" else self.blocks[0].qkv.weight.dtype  # as `attend` reads it
-        caches = [x.new_zeros(2, len(x), h, t_max, c // h, dtype=kept).unbind() for _ in self.blocks]
+        caches = [x.new_zeros(2, len(x), h, t_max, c // h, dtype=kept) for _ in self.blocks]   # keys and values
         tokens = torch.empty(b, t_max, dtype=torch.long, device=x.device)
         positions = torch.arange(t_max, device=x.device).split(1) if self.static else range(t_max)
         for i, pos in enumerate(positions):
             logits = self.run(x, pos, caches)[:, 0].float()                                     # (B or 2B, K)
             if guidance != 1.0:
                 logits = logits[b:] + guidance * (logits[:b] - logits[b:])                      # (B, K)
-            tokens[:, i] = next_token(i, logits)
-            x = self.tok_emb(tokens[:, i].repeat(len(x) // b))[:, None]                         # (B or 2B, 1, C)
+            tokens[:, i] = chosen = next_token(i, logits)
+            x = self.tok_emb(chosen if guidance == 1.0 else chosen.repeat(2))[:, None]          # (B or 2B, 1, C)
         return tokens
 
     def pack(self, dtype):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -123,16 +124,14 @@ def neighbour_spread(model, clip, seed, share=0.01, anchors=256, most=50000):
 
 def make_batches(tokens, clip, cfg, spread=None):
     """A function from step to that step's global batch, a pure function of (seed, step): tokens to write (B, T) and to
-    read (B, T), embeddings (B, D), noise (B, D), drop (B,). Every epoch goes through all rows in a new order. The disk
-    is asked for the next step's rows one step ahead, so that a dump larger than memory does not keep the step waiting.
+    read (B, T), embeddings (B, D), noise (B, D), drop (B,). Every epoch goes through all rows in a new order. A thread
+    reads the next step's rows while a step computes, so that a dump larger than memory does not keep it waiting.
     `spread` is what neighbour_spread gives."""
-    orders, indices = {}, {}
+    orders, ahead, beside = {}, {}, ThreadPoolExecutor(1)
     files = [(a, open(a.filename, "rb")) for a in (tokens, clip)
              if isinstance(a, np.memmap) and hasattr(os, "posix_fadvise")]
 
-    def index_of(step):
-        if step in indices:
-            return indices.pop(step)
+    def fetch(step):
         rows = np.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size)
         index = np.empty(cfg.batch_size, np.int64)
         for epoch in np.unique(rows // len(tokens)):
@@ -141,15 +140,15 @@ def make_batches(tokens, clip, cfg, spread=None):
                 orders[epoch] = np.random.default_rng((cfg.seed, 0, epoch)).permutation(len(tokens))
             here = rows // len(tokens) == epoch
             index[here] = orders[epoch][rows[here] % len(tokens)]
-        return index
+        for array, file in files:  # all asked for before the first is waited for
+            for i in index.tolist():
+                os.posix_fadvise(file.fileno(), i * array.strides[0], array.strides[0], os.POSIX_FADV_WILLNEED)
+        return tokens[index].astype(np.int64), clip[index].astype(np.float32)                      # (B, T), (B, D)
 
     def batch(step):
-        index = index_of(step)
-        indices.clear()
-        indices[step + 1] = index_of(step + 1)
-        for array, file in files:
-            for i in indices[step + 1].tolist():
-                os.posix_fadvise(file.fileno(), i * array.strides[0], array.strides[0], os.POSIX_FADV_WILLNEED)
+        write, seen = (ahead.pop(step, None) or beside.submit(fetch, step)).result()
+        ahead.clear()
+        ahead[step + 1] = beside.submit(fetch, step + 1)
         rng = np.random.default_rng((cfg.seed, 1, step))
         noise = rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32)
         noise *= cfg.noise / np.linalg.norm(noise, axis=1, keepdims=True)
@@ -157,9 +156,8 @@ def make_batches(tokens, clip, cfg, spread=None):
         if spread is not None:  # by torch: the threads of numpy's product would spin on beside those of the step
             shaped = torch.from_numpy(rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32)) @ spread
             noise += cfg.spread * shaped.numpy()
-        write = tokens[index].astype(np.int64)                                                     # (B, T)
         read = np.where(rng.random(write.shape) < cfg.corrupt, np.roll(write, 1, 0), write)
-        return [torch.from_numpy(x) for x in (write, read, clip[index].astype(np.float32), noise, drop)]
+        return [torch.from_numpy(x) for x in (write, read, seen, noise, drop)]
     return batch
 
 
