@@ -553,7 +553,8 @@ class Run:
         self.lock = None if self.dry else lock(cfg.out, machine)
         if path.exists() and not self.dry:
             self.resume = load_checkpoint(path, stage)
-            old = self.resume.get("config", {})
+            # an option that the run was made without had its default
+            old = {f.name: f.default for f in dataclasses.fields(cfg)} | self.resume.get("config", {})
             differ = [k for k in self.cfg if k not in HOW and old.get(k) != self.cfg[k]]
             if differ:
                 fail(f"{path} was made with another config ({', '.join(f'{k}={show(old.get(k))}' for k in differ)}); "

@@ -4,8 +4,8 @@ On the toy world that can be known: a small classifier, trained on true drawings
 else, says what a picture shows. It judges true held-out drawings and their reconstructions too, which is as well as any
 generator behind this VQGAN could do. On other data a CLIP judges, better another one than the GPT was trained with
 (--judge). On the toy world the same GPT is also trained twice more, on the captions' embeddings and on nothing, and the
-paper's opponent draws too: a search for latents whose picture CLIP likes. All of it takes minutes; --controls=False
---optimise=0 --plots=False leaves the samples' own rows."""
+paper's opponent draws too: a search for latents whose picture CLIP likes. For the demo's GPT all of it takes minutes;
+--controls=False --optimise=0 --plots=False leaves the samples' own rows."""
 import copy
 import itertools
 import math
@@ -201,7 +201,8 @@ def toy_prompts():
 def with_gap(gpt, clip, length, pictures):
     """A copy of a GPT that expects texts where `shifted` moves them to: centring subtracts what prepare.py would have
     found in that CLIP, given some training pictures, uint8 (N, S, S, 3)."""
-    gpt = copy.deepcopy(gpt)
+    gpt = copy.copy(gpt)  # the weights are shared, the means are not
+    gpt._buffers = {k: v.clone() for k, v in gpt._buffers.items()}
     if gpt.means[1].any():
         gpt.means[1] = text_mean(shifted(clip.text(GENERIC), length), clip_embeddings(clip, pictures),
                                  clip.model.logit_scale.exp())
@@ -235,14 +236,15 @@ def quality(features, pictures, groups, reference, train, n, seed=0):
 
 def mean(x):
     """{"mean", "half", "n"}: 1.96 standard errors either way."""
-    return {"mean": float(np.mean(x)), "half": float(1.96 * np.std(x) / len(x) ** 0.5), "n": len(x)}
+    half = float(1.96 * np.std(x, ddof=1) / len(x) ** 0.5) if len(x) > 1 else None
+    return {"mean": float(np.mean(x)), "half": half, "n": len(x)}
 
 
 def ratio(a, b):
-    """The ratio of two shares as `share` gives them, with its 95% interval (Katz et al. 1978)."""
-    r = a["share"] / max(1e-9, b["share"])
-    spread = 1.96 * math.sqrt(sum((1 - x["share"]) / max(1e-9, x["share"] * x["n"]) for x in (a, b)))
-    return {"ratio": r, "low": r * math.exp(-spread), "high": r * math.exp(min(spread, 99))}
+    """The ratio of two shares, as `share` gives them, with an interval from the ends of theirs: on the safe side."""
+    small = 1e-9
+    return {"ratio": a["share"] / max(small, b["share"]), "low": a["low"] / b["high"],
+            "high": a["high"] / max(small, b["low"])}
 
 
 def nearer(a, b, reference, rounds=40):
@@ -300,8 +302,6 @@ def caption_dump(cfg, source, clip, out):
     """The dump `source` with the embeddings of the pictures' captions in place of the pictures' (of an empty text for
     pictures that are not the world's)."""
     meta, arrays = open_dump(source)
-    if Path(meta["config"]["data"]) != Path(cfg.data, "train"):
-        fail(f"{source} is no dump of {cfg.data}/train, so its rows can't be given their captions")
     captions = {Path(r["path"]).name: r["caption"] for r in read_world(cfg.data, "train")[1]}
     different = sorted({"", *captions.values()})
     texts = dict(zip(different, clip.text(different).cpu().numpy().astype(np.float16)))
@@ -309,7 +309,8 @@ def caption_dump(cfg, source, clip, out):
     for split, names in zip(("train", "val"), split_names(Pictures(f"{cfg.data}/train").names,
                                                           meta["config"]["val_percent"])):
         crops = meta["config"]["crops"] if split == "train" else 1
-        rows = np.stack([texts[captions.get(n, "")] for n in names if n not in skipped]).repeat(crops, 0)  # (rows, D)
+        rows = [texts[captions.get(n, "")] for n in names if n not in skipped]
+        rows = np.array(rows, np.float16).reshape(-1, clip.dim).repeat(crops, 0)                   # (rows, D)
         for kind, array in (("tokens", arrays[split][0]), ("clip", rows)):
             with whole(Path(out, f"{split}_{kind}.bin")) as f:
                 f.write_bytes(np.ascontiguousarray(array).tobytes())
@@ -320,14 +321,30 @@ def caption_dump(cfg, source, clip, out):
     write_json(Path(out, "meta.json"), meta | {"digest": digest(meta)})
 
 
-def train_control(cfg, name, checkpoint, **changes):
-    """Train the GPT of a checkpoint once more, with other options -> its path."""
-    out = Path(cfg.out, name)
-    options = checkpoint["config"] | changes | {"out": str(out)}
-    words = [f"--{k}={v}" for k, v in options.items() if k != "preset"]
-    if subprocess.run([sys.executable, Path(__file__).with_name("train_gpt.py"), *words]).returncode:
-        fail(f"the control {name} was not trained; what train_gpt.py says above tells why")
-    return str(out / "gpt.pt")
+def train_controls(cfg, clip, machine, asked):
+    """Train the GPT once more on the captions' embeddings, and once on nothing -> {what: (network, changes to the
+    sampling options)}, in a folder for each GPT. Where its dump is not of this world, nothing, or an error if asked."""
+    checkpoint = load_gpt(cfg.gpt, machine.device)[1]
+    dump, folder = checkpoint["config"]["data"], Path(cfg.out, "controls-" + file_sha256(cfg.gpt)[:8])
+    if open_dump(dump)[0]["sources_sha256"] != Pictures(f"{cfg.data}/train").sha256:
+        why = f"{dump} is no dump of {cfg.data}/train, so its rows can't be given their captions"
+        if asked:
+            fail(f"{why}; use --controls=False")
+        machine.say(f"no controls: {why}")
+        return {}
+    caption_dump(cfg, dump, clip, folder / "caption_tokens")
+    found = {}
+    for name, changes, drawn in (  # captions leave open what they do, so no spread and no variety
+            ("captioned", {"data": folder / "caption_tokens", "spread": 0.0}, {"variety": 0.0}),
+            ("unconditioned", {"drop": 1.0}, {"cfg": 0.0})):
+        options = checkpoint["config"] | changes | {"out": folder / name}
+        words = [f"--{k}={v}" for k, v in options.items() if k != "preset"]
+        if subprocess.run([sys.executable, Path(__file__).with_name("train_gpt.py"), *words]).returncode:
+            fail(f"the control {name} was not trained; what train_gpt.py says above tells why")
+        net = load_gpt(folder / name / "gpt.pt", machine.device)[0]
+        found["captions" if name == "captioned" else "nothing"] = (
+            net if machine.dtype == torch.float32 else net.pack(machine.dtype), drawn)
+    return found
 
 
 def plot(path, title, xlabel, lines):
@@ -377,9 +394,10 @@ def main():
         fail("--plots=True needs a GPT trained with dropped conditions, and another --cfg than 1")
     cfg.plots = toy and options["cfg"] != 1 if cfg.plots is None else cfg.plots
     cfg.optimise = 96 * toy if cfg.optimise is None else cfg.optimise
-    cfg.controls = toy and not gpt.cfg.classic if cfg.controls is None else cfg.controls
+    asked, cfg.controls = cfg.controls, toy and not gpt.cfg.classic if cfg.controls is None else cfg.controls
     if cfg.controls and gpt.cfg.classic:
         fail("--controls=True needs a GPT that is not classic, one that can do without its condition")
+    others = train_controls(cfg, clip, machine, asked) if cfg.controls else ()
     referee = load_clip(cfg.judge, machine.device, cfg.trust_jit) if cfg.judge else clip
     if toy:
         judge = get_judge(cfg, machine)
@@ -457,7 +475,8 @@ def main():
     gaps = {0.0: (gpt, ours)}  # length of the gap: the GPT that expects it, its row
     if cfg.gap and not gpt.cfg.classic:
         name = f"samples, the texts' embeddings moved by {cfg.gap:g}"
-        gaps[cfg.gap] = with_gap(gpt, clip, cfg.gap, train[:2000]), name
+        seen = train[[r["split"] == "train" for r in train_rows]] if toy else train  # what the dump was made of
+        gaps[cfg.gap] = with_gap(gpt, clip, cfg.gap, seen[:2000]), name
         text_row(name, (gaps[cfg.gap][0], vqgan), shifted(texts, cfg.gap), options)
     for option, title, values in (("cfg", "guidance", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
                                   ("variety", "variety", (0.0, 0.25, 0.5, 0.75, 1.0, 1.5))) if cfg.plots else ():
@@ -471,20 +490,15 @@ def main():
                 text_row(name, (moved, vqgan), shifted(texts, gap), options | {option: value})
             for line in (key, "unseen") if toy else (key,):
                 point = table[name][line]
-                lines.setdefault(line + suffix, []).append((value, *(point[k] for k in ("share", "low", "high"))))
-        plot(Path(cfg.out, f"{title}.png"), f"match against {title}, n={len(prompts) * cfg.n}, seed {cfg.seed}",
+                lines.setdefault(f"{line}{suffix}, n={point['n']}", []).append(
+                    (value, *(point[k] for k in ("share", "low", "high"))))
+        plot(Path(cfg.out, f"{title}.png"), f"match against {title}, seed {cfg.seed}, 95% intervals",
              "classifier-free guidance" if option == "cfg" else "noise of the conditions when sampling, in spreads",
              lines)
-    if cfg.controls:
-        checkpoint = load_gpt(cfg.gpt, machine.device)[1]
-        dump = str(Path(cfg.out, "caption_tokens"))
-        caption_dump(cfg, checkpoint["config"]["data"], clip, dump)
-        captioned, nothing = (f"control: the same GPT trained on {what}" for what in ("captions", "nothing"))
-        other = train_control(cfg, "captioned", checkpoint, data=dump, spread=0.0)  # captions leave open what they do
-        text_row(captioned, (load_gpt(other, machine.device)[0], vqgan), texts, options | {"variety": 0.0})
-        other = train_control(cfg, "unconditioned", checkpoint, drop=1.0)
-        text_row(nothing, (load_gpt(other, machine.device)[0], vqgan), texts, options | {"cfg": 0.0})
-        bought = ratio(table[ours]["both"], table[captioned]["both"])
+    for what, (other, changes) in dict(others).items():
+        text_row(f"control: the same GPT trained on {what}", (other, vqgan), texts, options | changes)
+    if others:
+        bought = ratio(table[ours]["both"], table["control: the same GPT trained on captions"]["both"])
         findings["language-free / captioned"] = bought
         say.append("Right object and colour, language-free / captioned: "
                    "{ratio:.3f} ({low:.3f}–{high:.3f}).".format(**bought))
@@ -494,7 +508,9 @@ def main():
         begun = time.time()
         for i in range(10):
             draw((gpt, vqgan), texts[:1], [str(i)], 1, options, machine, cfg)
-        one, parts, bar = (time.time() - begun) / 10, [], Progress(len(chosen), unit="prompt optimised")
+        one, parts = (time.time() - begun) / 10, []
+        machine.say(f"optimisation takes {100 * one * len(chosen) / 60:.1f} minutes")
+        bar = Progress(len(chosen), unit="prompt optimised")
         for some in np.array_split(chosen, -(-len(chosen) // 8)):
             parts.append(optimise(vqgan, clip, texts[some], (10 * one, 100 * one), gpt.cfg.grid, cfg.seed))
             bar(len(some))
@@ -512,7 +528,8 @@ def main():
                        f"{findings[name]['ours is nearer']:.0%} of 40 resamplings of the {len(chosen)} prompts.")
     drawn = ", ".join(f"{k} {options[k]:g}" for k in ("cfg", "temperature", "top_k", "top_p", "variety"))
     say.append(f"GPT {cfg.gpt}, seed {cfg.seed}; {drawn}. Shares with Wilson's 95% intervals, means ± 1.96 standard "
-               "errors, Fréchet distances ± 1.96 standard deviations over resamplings; n pictures.")
+               "errors, Fréchet distances ± 1.96 standard deviations over resamplings; n counts pictures, for "
+               "diversity prompts.")
     print(markdown := "\n".join([report(table, toy), *say]), flush=True)
     with whole(Path(cfg.out, "match.md")) as f:
         f.write_text(markdown + "\n")
@@ -534,7 +551,7 @@ def report(table, toy):
             return ""
         if "share" in x:
             return f"{x['share']:.1%} ({x['low']:.1%}–{x['high']:.1%}), n={x['n']}"
-        return f"{x['mean']:.3f} ± {x['half']:.3f}, n={x['n']}"
+        return f"{x['mean']:.3f}" + (f" ± {x['half']:.3f}" if x["half"] is not None else "") + f", n={x['n']}"
     names = (["object", "colour", "both", "unseen", "background"] if toy else []) + ["similarity", "retrieval"]
     lines = []
     for columns in (names, ["frechet", "diversity", "nearest"]):

@@ -482,7 +482,7 @@ class GPT(nn.Module):
 
     def pack(self, dtype):
         """Make this a network that only samples, in `dtype`: every Linear is packed; the stream between the blocks,
-        norms and logits stay float32, and on a CPU the cache."""
+        and norms stay float32, and on a CPU the cache."""
         for module in list(self.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):

@@ -44,14 +44,14 @@ class Config:
     dtype: Dtype = "float32"            # of the networks: auto, float32, bfloat16, float16
 
 
-# Everyday phrases, tied to no picture and none of them a prompt of the evaluation.
-GENERIC = [f"a {noun}" for noun in (
+# Everyday phrases: tied to no picture, none of them a prompt of the evaluation or a caption of the toy world.
+GENERIC = [f"the {noun}" for noun in (
     "person man woman child face hand dog cat bird horse cow fish insect butterfly snake bear sheep elephant tree "
     "flower leaf mushroom fruit vegetable cake pizza plate cup bottle table chair bed lamp room kitchen window door "
     "house building church tower bridge street road car bus truck train bicycle boat ship plane mountain hill beach "
     "river lake forest field garden cloud sunset star moon heart ball toy clock book phone computer sign letter shoe "
     "hat shirt bag ring painting drawing photo map crowd team game market shop fire").split()]
-GENERIC += [f"something {colour}" for colour in "red blue green yellow pink brown purple black white".split()]
+GENERIC += [f"a {colour} thing" for colour in "red blue green yellow pink brown purple black white".split()]
 GENERIC += [f"a {colour} background" for colour in "grey white sky sand".split()]
 
 

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from PIL import Image
 import common
 import prepare
 import sample
+import toy
 import train_gpt
 import vqgan
 import evaluate
@@ -365,11 +367,13 @@ def test_frechet_distance_by_hand():
 
 
 def test_a_ratio_of_shares_and_which_set_is_nearer_by_hand():
-    a, b = ({"share": p, "n": 200} for p in (0.9, 0.8))
+    a, b, full, none = (evaluate.share([True] * n + [False] * (200 - n)) for n in (180, 160, 200, 0))
     found = evaluate.ratio(a, b)
-    spread = 1.96 * math.sqrt(0.1 / 180 + 0.2 / 160)                                  # Katz et al. 1978
-    assert found["ratio"] == pytest.approx(1.125) and math.log(found["high"] / 1.125) == pytest.approx(spread)
-    assert evaluate.ratio(a, {"share": 0.0, "n": 200})["high"] > 0
+    assert found["ratio"] == pytest.approx(1.125)
+    assert (found["low"], found["high"]) == pytest.approx((a["low"] / b["high"], a["high"] / b["low"]))
+    assert evaluate.ratio(full, full)["low"] < 0.99 < 1.01 < evaluate.ratio(full, full)["high"] < 1.05
+    assert math.isfinite(evaluate.ratio(a, none)["high"])
+    assert evaluate.mean([3.0])["half"] is None and evaluate.mean([1.0, 3.0])["half"] == pytest.approx(1.96)
     reference, near, far = (np.random.default_rng(i).normal(size=(300, 4)) + x for i, x in enumerate((0, 0, 2)))
     assert evaluate.nearer(near, far, reference) == 1 and evaluate.nearer(far, near, reference) == 0
 
@@ -379,8 +383,10 @@ def test_the_mean_of_texts_is_of_those_that_suit_the_pictures():
     phrases, pictures = torch.eye(4)[:3], torch.eye(4)[[0, 0, 0, 1]]
     assert torch.allclose(prepare.text_mean(phrases, pictures, 1000.0), torch.tensor([0.75, 0.25, 0, 0]))
     assert torch.allclose(prepare.text_mean(phrases, pictures, 0.0), torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
-    prompts = set(evaluate.toy_prompts()[1])
-    assert not prompts & set(prepare.GENERIC) and len(set(prepare.GENERIC)) == len(prepare.GENERIC)
+    every = set(evaluate.toy_prompts()[1])
+    for c, o, b, s in itertools.product(toy.COLOURS, toy.OBJECTS, toy.BACKGROUNDS, toy.SIZES):
+        every |= {t.format(colour=c, object=o, background=b, size=s) for t in toy.CAPTIONS}
+    assert not every & set(prepare.GENERIC) and len(set(prepare.GENERIC)) == len(prepare.GENERIC)
 
 
 def test_the_gap_is_a_constant_vector_of_that_length():
@@ -970,12 +976,15 @@ def test_stages_end_to_end(world):
     assert table["true training pictures"]["nearest"]["mean"] == pytest.approx(0, abs=1e-3)
     assert "samples at guidance 2" in table and "samples at guidance 3" not in table  # the default is a row already
     assert table["samples at guidance 6, gap 0.8"]["both"]["n"] == table["samples at variety 1.5"]["both"]["n"] == 96
-    for path in ("match.md", "compare.png", "guidance.png", "variety.png", "captioned/gpt.pt", "unconditioned/gpt.pt"):
+    for path in ("match.md", "compare.png", "guidance.png", "variety.png"):
         assert (d / "out/toy" / path).stat().st_size > 0
+    assert len(list((d / "out/toy").glob("controls-*/*/gpt.pt"))) == 2
     report = (d / "out/toy/match.md").read_text()
+    again = command(HERE / "evaluate.py", "--n=1", "--judge_steps=3", "--optimise=0", "--plots=False", cwd=d).stdout
+    assert "captioned/gpt.pt is finished" in again and "unconditioned/gpt.pt is finished" in again
     assert "language-free / captioned: " in report and "seed 0" in report and "of the 3 prompts" in report
     figures = [c for line in report.splitlines() if line.startswith("| ") for c in line.split(" | ")[1:]]
-    assert all("n=" in c and ("±" in c or "–" in c) for c in figures if any(x.isdigit() for x in c))
+    assert all("n=" in c and ("±" in c or "–" in c or "n=1" in c) for c in figures if any(x.isdigit() for x in c))
     assert "modality gap" in said["prepare"] and "to their own captions" in said["evaluate"]
 
 
@@ -993,7 +1002,8 @@ def test_unseen_pairs_are_for_clip_alone(world):
 
 def test_the_captioned_control_sees_the_captions_of_the_same_pictures(world):
     d, _ = world
-    (meta, ours), (other, theirs) = (train_gpt.open_dump(d / p) for p in ("data/toy_tokens", "out/toy/caption_tokens"))
+    dump, = (d / "out/toy").glob("controls-*/caption_tokens")
+    (meta, ours), (other, theirs) = (train_gpt.open_dump(p) for p in (d / "data/toy_tokens", dump))
     clip = common.load_clip(d / "out/toy/clip.pt")
     captions = dict(line.split("\t")[::5] for line in (d / "data/toy/captions.tsv").read_text().splitlines()[1:])
     names = [n for n in common.Pictures(d / "data/toy/train").names if n != "broken.png"]
