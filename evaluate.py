@@ -349,14 +349,14 @@ def train_controls(cfg, clip, machine, asked):
 
 def plot(path, title, xlabel, lines):
     """A line chart, PNG: lines is {name: [(x, y, low, high), ...]}, y a share in [0, 1] with its interval."""
-    w, h, left, top, colours = 640, 400, 60, 40, ("#1f5fbf", "#d0442e", "#2e8b4a", "#8a5aa8", "#c58a1b")
+    w, h, left, top, colours = 680, 400, 60, 40, ("#1f5fbf", "#d0442e", "#2e8b4a", "#8a5aa8", "#c58a1b")
     sheet = Image.new("RGB", (w, h), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     xs = [p[0] for points in lines.values() for p in points]
     low = math.floor(10 * min(p[2] for points in lines.values() for p in points)) / 10
 
     def at(x, y):
-        return (left + (w - left - 150) * (x - min(xs)) / (max(xs) - min(xs) or 1),
+        return (left + (w - left - 190) * (x - min(xs)) / (max(xs) - min(xs) or 1),
                 top + (h - top - 50) * (1 - (y - low) / (1 - low or 1)))
     pen.text((left, 10), title, fill="black", font=font)
     pen.text((left, h - 22), xlabel, fill="black", font=font)
@@ -371,7 +371,7 @@ def plot(path, title, xlabel, lines):
         for x, y, a, b in points:
             pen.line([at(x, a), at(x, b)], fill=colour)
             pen.ellipse([at(x, y)[0] - 3, at(x, y)[1] - 3, at(x, y)[0] + 3, at(x, y)[1] + 3], fill=colour)
-        pen.text((w - 130, top + 18 * i), name, fill=colour, font=font)
+        pen.text((w - 170, top + 18 * i), name, fill=colour, font=font)
     with whole(path) as f:
         sheet.save(f)
 
@@ -440,10 +440,11 @@ def main():
         right = f"right object and colour {table[name]['both']['share']:.1%}, " if toy else ""
         machine.say(f"{name}: {right}Frechet distance {table[name]['frechet']['mean']:.2f}")
 
-    def text_row(name, nets, texts, options):
+    def text_row(name, nets, texts, options, shown=True):
         made = draw(nets, texts, prompts, cfg.n, options, machine, cfg)
         judge_row(name, made, wanted and [w for w in wanted for _ in range(cfg.n)], [prompts[i] for i in own], own)
-        sheet[name] = made[::cfg.n]
+        if shown:
+            sheet[name] = made[::cfg.n]
         return made
 
     judge_row("true training pictures", train[:4000], train_rows, [0])  # their Frechet distance is the floor
@@ -487,7 +488,7 @@ def main():
             if value != options[option]:
                 name = f"samples at {title} {value:g}{suffix}"
             if name not in table:
-                text_row(name, (moved, vqgan), shifted(texts, gap), options | {option: value})
+                text_row(name, (moved, vqgan), shifted(texts, gap), options | {option: value}, shown=False)
             for line in (key, "unseen") if toy else (key,):
                 point = table[name][line]
                 lines.setdefault(f"{line}{suffix}, n={point['n']}", []).append(

@@ -1109,6 +1109,18 @@ def test_the_same_command_says_finished_and_another_config_is_refused(world):
     assert snapshot(d / "out") == before
 
 
+def test_a_run_made_without_an_option_goes_on_with_its_default(world, tmp_path):
+    """Checkpoints from before an option was added: its default is what they were made with."""
+    d, _ = world
+    made = torch.load(d / "out/toy/vqgan.pt", weights_only=True)
+    del made["config"]["muon"], made["digest"]
+    (tmp_path / "run").mkdir()
+    torch.save(made | {"digest": common.digest(made)}, tmp_path / "run/vqgan.pt")
+    args = [HERE / "vqgan.py", *VQ, f"--out={tmp_path}/run"]
+    assert "is finished" in command(*args, cwd=d).stdout
+    assert "muon=True" in command(*args, "--muon=False", cwd=d, ok=2).stderr
+
+
 def test_sampling_is_reproducible_and_ranks_by_clip(world):
     d, _ = world
 
