@@ -74,17 +74,18 @@ def alike(tokenizer, words):
     return not tokenizer and all(w.split("=")[0] in ("--noise", "--spread", "--center", "--corrupt") for w in words)
 
 
-def judged(cfg, path, changes, judge, clip, machine, held, train):
+def judged(cfg, path, changes, judge, clip, machine, held, moved_mean):
     """What n pictures of each prompt are worth, at guidance 3 (a classic GPT: 1) but for `changes` to what sample.py
     does: the shares of right object and colour, of all pairs and the unseen ones, and with the texts' embeddings moved
-    by a constant vector of length 0.8; the Frechet distance to the features of the held-out drawings."""
+    by a constant vector of length 0.8, around `moved_mean`; the Frechet distance to the features of the held-out
+    drawings."""
     gpt, checkpoint = load_gpt(path, machine.device)
     vqgan = load_vqgan(checkpoint["vqgan"], machine.device)[0]
     options = sample.settings(sample.Config(), gpt, checkpoint) | {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
     options |= changes
     wanted, prompts = evaluate.toy_prompts()
     texts, wanted = clip.text(prompts), [w for w in wanted for _ in range(cfg.n)]
-    gaps = {0.0: gpt, 0.8: evaluate.with_gap(gpt, clip, 0.8, train)}
+    gaps = {0.0: gpt, 0.8: evaluate.with_gap(gpt, moved_mean)}
     plain, moved = (evaluate.draw((net, vqgan), evaluate.shifted(texts, gap), prompts, cfg.n, options, machine,
                                   evaluate.Config()) for gap, net in gaps.items())
     right, after = (evaluate.match(judge, made, wanted, machine) for made in (plain, moved))
@@ -99,7 +100,7 @@ def main():
     clip = load_clip(f"{cfg.models}/clip.pt")
     judge = evaluate.get_judge(evaluate.Config(data=cfg.data, out=cfg.models), machine)
     held = evaluate.judge_features(judge, read_world(cfg.data, "heldout")[0], machine)
-    train = read_world(cfg.data, "train")[0][:2000]
+    moved_mean = evaluate.shifted_mean(clip, 0.8, read_world(cfg.data, "train")[0][:2000])
     parts = [part for part in cfg.only.split(",") if part]
     rows = [*VARIANTS, *SAMPLING]
     for part in parts:
@@ -150,7 +151,7 @@ def main():
         """Judge one row with one seed."""
         seed, name = job
         out, steps, loss = ready[seed, name if name in chosen else "reference"]
-        found = judged(cfg, f"{out}/gpt.pt", SAMPLING.get(name, {}), judge, clip, machine, held, train)
+        found = judged(cfg, f"{out}/gpt.pt", SAMPLING.get(name, {}), judge, clip, machine, held, moved_mean)
         print(f"{name}, seed {seed}: right {found['both']:.1%}, Frechet distance {found['frechet']:.0f}", flush=True)
         return {"name": name, "seed": seed, "steps": steps, "val_loss": loss} | found
 

@@ -315,15 +315,15 @@ def batches(cfg, step):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         arrays.append(np.memmap(data / name, dtype, "r", shape=(n, width)))
 
-    def mean_time(pause):
+    def mean_time():
         batch, seconds = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b)), []
         for i in range(60):
             begun = time.perf_counter()
             batch(i)
             seconds.append(time.perf_counter() - begun)
-            time.sleep(pause)
+            time.sleep(step)
         return sum(seconds[10:]) / 50
-    cold, warm = mean_time(step), mean_time(step)  # the second time the same rows lie in memory
+    cold, warm = mean_time(), mean_time()  # the second time the same rows lie in memory
     return [row(f"batches of {b} cold rows of a {cfg.mib} MiB dump", b / cold, "rows/s", b / warm, "the same rows warm",
                 memory(Machine("cpu", "float32"))),
             row("    their time / the demo's GPT step and them", cold / (cold + step), "x")]

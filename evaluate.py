@@ -198,14 +198,18 @@ def toy_prompts():
 
 
 @torch.no_grad()
-def with_gap(gpt, clip, length, pictures):
-    """A copy of a GPT that expects texts where `shifted` moves them to: centring subtracts what prepare.py would have
-    found in that CLIP, given some training pictures, uint8 (N, S, S, 3)."""
+def shifted_mean(clip, length, pictures):
+    """The mean (D,) that prepare.py would have found for texts where `shifted` moves them to, given some training
+    pictures, uint8 (N, S, S, 3)."""
+    return text_mean(shifted(clip.text(GENERIC), length), clip_embeddings(clip, pictures), clip.model.logit_scale.exp())
+
+
+def with_gap(gpt, moved_mean):
+    """A copy of a GPT that expects texts around another mean (D,), if it centres them at all."""
     gpt = copy.copy(gpt)  # the weights are shared, the means are not
     gpt._buffers = {k: v.clone() for k, v in gpt._buffers.items()}
     if gpt.means[1].any():
-        gpt.means[1] = text_mean(shifted(clip.text(GENERIC), length), clip_embeddings(clip, pictures),
-                                 clip.model.logit_scale.exp())
+        gpt.means[1] = moved_mean
     return gpt
 
 
@@ -298,10 +302,9 @@ def optimise(vqgan, clip, texts, marks, side, seed):
         optimizer.step()
 
 
-def caption_dump(cfg, source, clip, out):
-    """The dump `source` with the embeddings of the pictures' captions in place of the pictures' (of an empty text for
-    pictures that are not the world's)."""
-    meta, arrays = open_dump(source)
+def caption_dump(cfg, meta, arrays, clip, out):
+    """A dump, as open_dump gives it, with the embeddings of the pictures' captions in place of the pictures' (of an
+    empty text for pictures that are not the world's)."""
     captions = {Path(r["path"]).name: r["caption"] for r in read_world(cfg.data, "train")[1]}
     different = sorted({"", *captions.values()})
     texts = dict(zip(different, clip.text(different).cpu().numpy().astype(np.float16)))
@@ -325,25 +328,25 @@ def train_controls(cfg, clip, machine, asked):
     """Train the GPT once more on the captions' embeddings, and once on nothing -> {what: (network, changes to the
     sampling options)}, in a folder for each GPT. Where its dump is not of this world, nothing, or an error if asked."""
     checkpoint = load_gpt(cfg.gpt, machine.device)[1]
-    dump, folder = checkpoint["config"]["data"], Path(cfg.out, "controls-" + file_sha256(cfg.gpt)[:8])
-    if open_dump(dump)[0]["sources_sha256"] != Pictures(f"{cfg.data}/train").sha256:
-        why = f"{dump} is no dump of {cfg.data}/train, so its rows can't be given their captions"
+    source, folder = checkpoint["config"]["data"], Path(cfg.out, "controls-" + file_sha256(cfg.gpt)[:8])
+    meta, arrays = open_dump(source)
+    if meta["sources_sha256"] != Pictures(f"{cfg.data}/train").sha256:
+        why = f"{source} is no dump of {cfg.data}/train, so its rows can't be given their captions"
         if asked:
             fail(f"{why}; use --controls=False")
         machine.say(f"no controls: {why}")
         return {}
-    caption_dump(cfg, dump, clip, folder / "caption_tokens")
+    caption_dump(cfg, meta, arrays, clip, folder / "caption_tokens")
     found = {}
-    for name, changes, drawn in (  # captions leave open what they do, so no spread and no variety
-            ("captioned", {"data": folder / "caption_tokens", "spread": 0.0}, {"variety": 0.0}),
-            ("unconditioned", {"drop": 1.0}, {"cfg": 0.0})):
+    for name, what, changes, drawn in (  # captions leave open what they do, so no spread and no variety
+            ("captioned", "captions", {"data": folder / "caption_tokens", "spread": 0.0}, {"variety": 0.0}),
+            ("unconditioned", "nothing", {"drop": 1.0}, {"cfg": 0.0})):
         options = checkpoint["config"] | changes | {"out": folder / name}
         words = [f"--{k}={v}" for k, v in options.items() if k != "preset"]
         if subprocess.run([sys.executable, Path(__file__).with_name("train_gpt.py"), *words]).returncode:
             fail(f"the control {name} was not trained; what train_gpt.py says above tells why")
         net = load_gpt(folder / name / "gpt.pt", machine.device)[0]
-        found["captions" if name == "captioned" else "nothing"] = (
-            net if machine.dtype == torch.float32 else net.pack(machine.dtype), drawn)
+        found[what] = net if machine.dtype == torch.float32 else net.pack(machine.dtype), drawn
     return found
 
 
@@ -477,7 +480,7 @@ def main():
     if cfg.gap and not gpt.cfg.classic:
         name = f"samples, the texts' embeddings moved by {cfg.gap:g}"
         seen = train[[r["split"] == "train" for r in train_rows]] if toy else train  # what the dump was made of
-        gaps[cfg.gap] = with_gap(gpt, clip, cfg.gap, seen[:2000]), name
+        gaps[cfg.gap] = with_gap(gpt, shifted_mean(clip, cfg.gap, seen[:2000])), name
         text_row(name, (gaps[cfg.gap][0], vqgan), shifted(texts, cfg.gap), options)
     for option, title, values in (("cfg", "guidance", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
                                   ("variety", "variety", (0.0, 0.25, 0.5, 0.75, 1.0, 1.5))) if cfg.plots else ():
@@ -517,6 +520,7 @@ def main():
             bar(len(some))
         what = wanted and [wanted[i] for i in chosen]
         first = made[chosen * cfg.n]
+        mine = features(first)
         judge_row(f"our first pictures of {len(chosen)} prompts, {one * 1e3:.0f} ms each", first, what, list(chosen),
                   chosen)
         for factor, pictures in zip((10, 100), map(np.concatenate, zip(*parts))):
@@ -524,13 +528,12 @@ def main():
             judge_row(name, pictures, what, list(chosen), chosen)
             sheet[name] = np.zeros_like(made[::cfg.n])
             sheet[name][chosen] = pictures
-            findings[name] = {"ours is nearer": nearer(features(first), features(pictures), reference)}
+            findings[name] = {"ours is nearer": nearer(mine, features(pictures), reference)}
             say.append(f"Our Fréchet distance is smaller than that of {name} in "
                        f"{findings[name]['ours is nearer']:.0%} of 40 resamplings of the {len(chosen)} prompts.")
-    drawn = ", ".join(f"{k} {options[k]:g}" for k in ("cfg", "temperature", "top_k", "top_p", "variety"))
-    say.append(f"GPT {cfg.gpt}, seed {cfg.seed}; {drawn}. Shares with Wilson's 95% intervals, means ± 1.96 standard "
-               "errors, Fréchet distances ± 1.96 standard deviations over resamplings; n counts pictures, for "
-               "diversity prompts.")
+    say.append(f"GPT {cfg.gpt}, seed {cfg.seed}; {sample.described(options)}. Shares with Wilson's 95% intervals, "
+               "means ± 1.96 standard errors, Fréchet distances ± 1.96 standard deviations over resamplings; n counts "
+               "pictures, for diversity prompts.")
     print(markdown := "\n".join([report(table, toy), *say]), flush=True)
     with whole(Path(cfg.out, "match.md")) as f:
         f.write_text(markdown + "\n")

@@ -90,6 +90,11 @@ def settings(cfg, gpt, meta):
     return options
 
 
+def described(options):
+    """The sampling options in words."""
+    return ", ".join(f"{k} {options[k]:g}" for k in ("cfg", "temperature", "top_k", "top_p", "variety"))
+
+
 def newest_gpt():
     """The newest finished GPT under out/."""
     others = {"captioned", "unconditioned", "ablations"}  # trained by evaluate.py and ablate.py, for comparison
@@ -139,7 +144,7 @@ def main():
     if cfg.image and cfg.variety is None:
         options["variety"] = 0.0  # a picture leaves nothing open that its copies could differ in
     machine.say(f"{len(cfg.prompts) or 1} x {count} pictures of {gpt.cfg.grid ** 2} tokens, {n} of each to {cfg.out}; "
-                + ", ".join(f"{k} {options[k]:g}" for k in ("cfg", "temperature", "top_k", "top_p", "variety")))
+                + described(options))
 
     pictures, labels, begun, seconds = [], [], time.time(), 0.0
     for prompt in cfg.prompts or (cfg.image,):
