@@ -57,7 +57,7 @@ class Config:
     jpegs: Count = 6144                 # how many to draw
     mib: Count = 1024                   # size of the dump that is read cold, from the disk
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"               # auto: trainers and prepare.py choose, sampling in bfloat16
+    dtype: Dtype = "auto"               # auto: trainers and prepare.py choose, sampling in bfloat16 if possible
     compile: Compile = "auto"           # auto: on CUDA with and without; True: with; False: without
 
 
@@ -67,14 +67,19 @@ def wait(machine):
 
 
 def rate_of(machine, work, seconds):
-    """Runs a second: the best try after the first, in about that time."""
-    best, end, tries = math.inf, time.perf_counter() + seconds, 0
-    while tries < 4 or time.perf_counter() < end:
-        begun = time.perf_counter()
+    """Runs a second: the best try of about that time, and of four in up to ten times as much."""
+    best, start, tries, now = math.inf, time.perf_counter(), 0, 0.0
+    while now < seconds or tries < 4 and now < 10 * seconds:
         work()
         wait(machine)
-        best, tries = min(best, time.perf_counter() - begun) if tries else best, tries + 1
+        best, tries, now = min(best, time.perf_counter() - start - now), tries + 1, time.perf_counter() - start
     return 1 / best
+
+
+def sampling_dtype(cfg, machine):
+    """What sampling is measured in: bfloat16, if nothing else is asked for, but on a CPU that can't compute in it."""
+    can = machine.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if cfg.dtype == "auto" and can else machine.dtype
 
 
 def memory(machine, who=resource.RUSAGE_SELF):
@@ -98,7 +103,7 @@ def limits(cfg):
     cuda, out = machine.device.type == "cuda", {"device": machine.device.type, "dtype": str(machine.dtype)[6:]}
     name = "limits, " + (torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads")
     n, side = (8192, 64) if cuda else (2048, 32)
-    for dtype in {machine.dtype, torch.bfloat16}:
+    for dtype in {machine.dtype, sampling_dtype(cfg, machine)}:
         a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
         products, convolutions = 2 * n ** 3 * rate_of(machine, lambda: a @ b, 2), 0
         for c, s in ((128, 2 * side), (256, side), (512, side // 2)):
@@ -138,7 +143,7 @@ def sample(cfg, limit):
             plain[b] += (time.perf_counter() - begun) * t / 8
         rows.append(row(f"sampling, no cache, batch {b}, {limit['dtype']}", b * t / plain[b], "tokens/s",
                         peak / (numbers * t), "the peak of products", memory(machine)))  # 2 FLOPs a weight, t/2 tokens
-    dtype = torch.bfloat16 if cfg.dtype == "auto" else machine.dtype
+    dtype = sampling_dtype(cfg, machine)
     layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
     half = str(dtype)[6:]
     # on a CPU only as it is: torch.compile does not take weights in oneDNN's own layout
@@ -275,29 +280,47 @@ def vqgans(cfg, limit):
     return rows
 
 
+class Again(torch.utils.data.Dataset):
+    """prepare.py's networks without its pictures: the crops of one chunk, so many times."""
+
+    def __init__(self, networks, crops, times):
+        self.networks, self.crops, self.times = networks, crops, times
+
+    def __len__(self):
+        return self.times
+
+    def __getitem__(self, i):
+        return len(self.networks(*self.crops)[0])
+
+
 def prepares(cfg, limit):
-    """prepare.py with the demo's networks, beside its decoding alone and its networks alone."""
+    """prepare.py with the demo's networks, beside its decoding alone and its networks alone, each as it does them."""
     data, machine = Path(cfg.out, "data"), Machine(cfg.device, cfg.dtype, training=False)
-    c = prepare.Config(data=cfg.photos or str(data / "jpegs"), val_percent=0.0, chunk=256)
+    c = prepare.Config(data=cfg.photos or str(data / "jpegs"), val_percent=0.0)
     (net, _, vcfg), source = load_vqgan(data / "toy.vqgan", machine.device), Pictures(c.data)
-    clip = load_clip(data / "toy.clip", machine.device)
+    clip, workers, apart = load_clip(data / "toy.clip", machine.device), prepare.cores(), prepare.computes_apart(machine)
     rate, = call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / "prepared", val_percent=0,
-                 chunk=c.chunk, vqgan=data / "toy.vqgan", clip=data / "toy.clip")
-    chunks = prepare.Chunks(source, source.names, c, vcfg.image_size, clip.size, c.crops)
-    loader = torch.utils.data.DataLoader(chunks, None, num_workers=c.workers, prefetch_factor=1,
-                                         persistent_workers=True)
-    for _ in range(2):  # the first time the workers are started
-        begun = time.time()
-        for _, a, b, _ in loader:
-            pass
-    decoded, a, b = len(source.names) / (time.time() - begun), a[:c.batch_size], b[:c.batch_size]
+                 vqgan=data / "toy.vqgan", clip=data / "toy.clip")
     largest = memory(machine, resource.RUSAGE_CHILDREN) if machine.device.type == "cpu" else None
-    networks = len(a) / c.crops * rate_of(machine, lambda: prepare.rows_of(a, b, net, clip, machine), 3)
-    shared = machine.device.type == "cpu"
-    bound = 1 / (1 / decoded + 1 / networks) if shared else min(decoded, networks)
-    return [row(f"prepare, decoding alone, {c.workers} workers", decoded, "pictures/s"),
+    chunks = prepare.Chunks(source, source.names, c, vcfg.image_size, clip.size, c.crops)
+
+    def seconds(items, n):
+        begun = time.time()
+        for _ in prepare.loader(items, range(n), workers):
+            pass
+        return time.time() - begun
+    decoded, (_, *crops, _) = len(source.names) / seconds(chunks, len(chunks)), chunks[0]
+    if apart:
+        torch.set_num_threads(1)
+    again = Again(lambda *x: prepare.rows_of(*x, net, clip, machine, 16 if apart else 128), crops, 12 * workers)
+    if apart:
+        networks = len(crops[0]) / c.crops * len(again) / seconds(again, len(again))
+    else:
+        networks = len(crops[0]) / c.crops * rate_of(machine, lambda: again[0], 3)
+    bound = 1 / (1 / decoded + 1 / networks) if apart else min(decoded, networks)
+    return [row(f"prepare, decoding alone, {workers} workers", decoded, "pictures/s"),
             row("prepare, networks alone", networks, "pictures/s", None, "", memory(machine)),
-            row("prepare, prepare.py", rate, "pictures/s", bound, "the sum of both" if shared else "the slower one",
+            row("prepare, prepare.py", rate, "pictures/s", bound, "the sum of both" if apart else "the slower one",
                 largest)]
 
 

@@ -345,8 +345,7 @@ def train_controls(cfg, clip, machine, asked):
         words = [f"--{k}={v}" for k, v in options.items() if k != "preset"]
         if subprocess.run([sys.executable, Path(__file__).with_name("train_gpt.py"), *words]).returncode:
             fail(f"the control {name} was not trained; what train_gpt.py says above tells why")
-        net = load_gpt(folder / name / "gpt.pt", machine.device)[0]
-        found[what] = net if machine.dtype == torch.float32 else net.pack(machine.dtype), drawn
+        found[what] = load_gpt(folder / name / "gpt.pt", machine.device)[0].pack(machine.dtype), drawn
     return found
 
 

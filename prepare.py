@@ -8,18 +8,20 @@ networks are frozen, so this is done once, and the trainer reads fixed-size rows
     meta.json                          shapes, what made the rows, the embeddings' means, what was skipped and why
 
 Work goes in chunks of pictures, each a small file of its own until the end: a restart goes on with the missing ones,
-and any number of processes can share them."""
+and any number of processes can share them. Beside a GPU worker processes decode and crop; on a CPU they run the networks
+as well, each with one thread, so that no thread waits for another."""
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import (HOW, Amount, AutoCount, Count, Device, Dtype, Machine, Pictures, Progress, Share, Whole, Zoom,
-                    configure, crop, digest, fail, file_sha256, load_clip, load_vqgan, lock, millions, show,
+from common import (HOW, Amount, AutoCount, AutoWhole, Count, Device, Dtype, Machine, Pictures, Progress, Share, Whole,
+                    Zoom, configure, crop, digest, fail, file_sha256, load_clip, load_vqgan, lock, millions, show,
                     split_names, to_tensor, whole, write_json)
 
 
@@ -37,9 +39,9 @@ class Config:
     flip: bool = True                   # mirror half of the others
     val_percent: Amount = 2.0           # of the pictures that are held out, chosen by name
     max_bad: Share = 0.5                # stop if more of the pictures than this can't be read
-    batch_size: Count = 128             # rows at a time through the networks
-    chunk: Count = 1024                 # pictures a chunk
-    workers: Whole = 2                  # decoding processes
+    batch_size: AutoCount = None        # rows at a time through the networks (auto: 16 in a CPU's process, 128 on a GPU)
+    chunk: Count = 256                  # pictures a chunk
+    workers: AutoWhole = None           # processes that decode, on a CPU also compute (auto: one a core)
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "float32"            # of the networks: auto, float32, bfloat16, float16
 
@@ -65,10 +67,11 @@ def text_mean(phrases, pictures, scale):
 
 class Chunks(torch.utils.data.Dataset):
     """Item c: the crops of pictures c*chunk .. , for the VQGAN (n, S, S, 3) and for CLIP (n, C, C, 3), both uint8
-    and of the same part of the picture, and the pictures that failed, each with the reason."""
+    and of the same part of the picture, and the pictures that failed, each with the reason. With `networks`, a function
+    of those two, what it makes of them stands in their place."""
 
-    def __init__(self, source, names, cfg, size, clip_size, crops):
-        self.source, self.names, self.cfg = source, names, cfg
+    def __init__(self, source, names, cfg, size, clip_size, crops, networks=None):
+        self.source, self.names, self.cfg, self.networks = source, names, cfg, networks
         self.size, self.clip_size, self.crops = size, clip_size, crops
 
     def __len__(self):
@@ -93,7 +96,7 @@ class Chunks(torch.utils.data.Dataset):
                 clip_rows.append(crop(picture, self.clip_size, *how))
         stack = [np.stack(r) if r else np.zeros((0, s, s, 3), np.uint8) for r, s in
                  ((rows, self.size), (clip_rows, self.clip_size))]
-        return c, *stack, skipped
+        return c, *(self.networks(*stack) if self.networks else stack), skipped
 
 
 def main():
@@ -127,22 +130,25 @@ def main():
                 f"{cfg.data}; {side} x {side} tokens by {cfg.vqgan} ({millions(vqgan)}), {clip.dim}-d embeddings by "
                 f"{clip.name} ({millions(clip.model)}); on {machine}; writes {out}")
 
+    apart = computes_apart(machine)
+    workers = max(1, cores() // machine.world) if cfg.workers is None else cfg.workers
+    if apart:
+        torch.set_num_threads(1)  # with --workers=0 as well: the last bit of a sum depends on it
+
+    def networks(pixels, clip_pixels):
+        return rows_of(pixels, clip_pixels, vqgan, clip, machine, cfg.batch_size or (16 if apart else 128))
+
     bar, bad = Progress(sum(map(len, splits.values())), unit="picture"), 0
     for split, mine in splits.items():
-        chunks = Chunks(source, mine, cfg, size, clip.size, cfg.crops if split == "train" else 1)
+        chunks = Chunks(source, mine, cfg, size, clip.size, cfg.crops if split == "train" else 1,
+                        networks if apart else None)
         todo = [c for c in range(machine.rank, len(chunks), machine.world)  # by number: ranks agree on who does what
                 if not (parts / f"{split}{c:06d}.npz").exists()]
         bar(len(mine) - sum(len(chunks.part(c)) for c in todo))
-        loader = torch.utils.data.DataLoader(chunks, None, sampler=todo, num_workers=cfg.workers, prefetch_factor=1 if
-                                             cfg.workers else None, worker_init_fn=give_way)
-        for c, pixels, clip_pixels, skipped in loader:
-            cuts = range(0, len(pixels), cfg.batch_size)
-            done = [rows_of(pixels[i:i + cfg.batch_size], clip_pixels[i:i + cfg.batch_size], vqgan, clip, machine)
-                    for i in cuts]
-            tokens = np.concatenate([d[0] for d in done]).astype(dtype) if done else np.zeros((0, side * side), dtype)
-            embedding = np.concatenate([d[1] for d in done]) if done else np.zeros((0, clip.dim), np.float16)
+        for c, first, second, skipped in loader(chunks, todo, workers):
+            tokens, embedding = (first, second) if apart else networks(first, second)
             with whole(parts / f"{split}{c:06d}.npz") as f:
-                np.savez(f, tokens=tokens, clip=embedding, skipped=json.dumps(skipped))
+                np.savez(f, tokens=np.asarray(tokens, dtype), clip=embedding, skipped=json.dumps(skipped))
             bar(len(chunks.part(c)))
             bad += len(skipped)
             stop_if_too_many(bad, cfg, names, skipped)
@@ -152,20 +158,36 @@ def main():
         join(out, parts, splits, cfg, made, side, vcfg.codes, clip, dtype, machine)
 
 
-def give_way(worker):
-    """Decoding steps back while the networks compute: two threads of theirs wait for each other at every layer, and one
-    that lost its core to a decoder keeps both waiting."""
-    if hasattr(os, "nice"):
-        os.nice(10)
+def cores():
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def computes_apart(machine):
+    """Whether the worker processes run the networks: on a CPU, where a process can be forked with them in it. Threads of
+    one network wait for each other at every layer, and the longer the more decoding keeps one of them from its core."""
+    return machine.device.type == "cpu" and sys.platform == "linux"
+
+
+def loader(chunks, todo, workers):
+    """The items `todo` of `chunks`, in order, made by worker processes."""
+    return torch.utils.data.DataLoader(chunks, None, sampler=todo, num_workers=workers,
+                                       prefetch_factor=1 if workers else None,
+                                       multiprocessing_context="fork" if workers and chunks.networks else None)
 
 
 @torch.no_grad()
-def rows_of(pixels, clip_pixels, vqgan, clip, machine):
-    """uint8 crops (B, S, S, 3), (B, C, C, 3) -> tokens (B, T), unit embeddings (B, D)."""
-    with machine.autocast():
-        tokens = vqgan.encode(to_tensor(pixels).to(machine.device, memory_format=torch.channels_last) * 2 - 1)
-        embedding = clip.image(to_tensor(clip_pixels).to(machine.device))
-    return tokens.flatten(1).cpu().numpy(), embedding.cpu().numpy().astype(np.float16)
+def rows_of(pixels, clip_pixels, vqgan, clip, machine, batch_size):
+    """uint8 crops (n, S, S, 3), (n, C, C, 3) -> tokens (n, T), unit embeddings (n, D), so many at a time."""
+    side = pixels.shape[1] // vqgan.cfg.factor
+    tokens, embedding = np.zeros((len(pixels), side ** 2), np.int64), np.zeros((len(pixels), clip.dim), np.float16)
+    for i in range(0, len(pixels), batch_size):
+        part = slice(i, i + batch_size)
+        with machine.autocast():
+            x = to_tensor(pixels[part]).to(machine.device, memory_format=torch.channels_last)
+            tokens[part] = vqgan.encode(x * 2 - 1).flatten(1).cpu().numpy()
+            embedding[part] = clip.image(to_tensor(clip_pixels[part]).to(machine.device)).cpu().numpy()
+    return tokens, embedding
 
 
 def stop_if_too_many(bad, cfg, names, skipped):

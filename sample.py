@@ -108,8 +108,6 @@ def load(cfg, machine):
     """The three networks and the sampling options (gpt, vqgan, clip, options), which are checked to go together."""
     path = cfg.gpt or newest_gpt()
     gpt, meta = load_gpt(path, machine.device)
-    if machine.dtype != torch.float32:
-        gpt.pack(machine.dtype)
     vqgan_path, clip_name = cfg.vqgan or meta.get("vqgan"), cfg.clip or meta["clip"]
     if not vqgan_path:
         fail(f"{path} does not say which VQGAN it goes with; name it with --vqgan=FILE")
@@ -120,7 +118,7 @@ def load(cfg, machine):
     if clip.sha256 != meta.get("clip_sha256", clip.sha256) or clip.dim != gpt.cfg.cond_dim:
         fail(f"{path} was trained on embeddings of another CLIP than {clip_name}; name that one with --clip")
     machine.say(f"sample: GPT {path} ({millions(gpt)}), VQGAN {vqgan_path}, CLIP {clip_name}, on {machine}")
-    return gpt, vqgan, clip, settings(cfg, gpt, meta)
+    return gpt.pack(machine.dtype), vqgan, clip, settings(cfg, gpt, meta)
 
 
 def main():
