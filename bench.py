@@ -31,7 +31,7 @@ import train_gpt
 import vqgan
 from common import (AutoCount, Compile, Count, Device, Dtype, Machine, Pictures, clip_package, configure, digest, fail,
                     load_clip, load_vqgan, write_json)
-from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfig
+from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfig, cpu_has_bfloat16
 
 CLIPS = {"vit": (512, 224, 12, 768, 32, 77, 49408, 64, 1, 1),  # ViT-B/32 (its text side cut short), one that costs
          "cheap": (512, 32, (1, 1, 1, 1), 8, None, 24, 49408, 64, 1, 1),      # nothing, and the toy's
@@ -49,12 +49,12 @@ class Config:
     grid: Count = 16                    # side of the token grid: 16 is 256 tokens
     codes: Count = 16384                # size of the codebook
     batch: Count = 8                    # pictures sampled at a time, beside one at a time
-    rows: AutoCount = None              # rows of the large GPT's training step (auto: 4 on a CPU, 64 on a GPU)
+    rows: AutoCount = None              # rows of the large GPT's step (auto: 2 on a CPU, 4 in bfloat16, 64 on a GPU)
     pixels: Count = 128                 # side of the large VQGAN's pictures
-    pictures: AutoCount = None          # pictures of its training step (auto: 8 on a CPU, 32 on a GPU)
-    steps: Count = 3                    # large training steps: two to warm up, the others are timed
+    pictures: AutoCount = None          # pictures of its training step (auto: 4 on a CPU, 8 in bfloat16, 32 on a GPU)
+    steps: Count = 2                    # large training steps: up to two to warm up, the others are timed
     photos: str = ""                    # JPEGs to prepare, a folder or tar; empty: drawn, smooth noise of 320 x 240
-    jpegs: Count = 6144                 # how many to draw
+    jpegs: Count = 3072                 # how many to draw
     mib: Count = 1024                   # size of the dump that is read cold, from the disk
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # auto: trainers and prepare.py choose, sampling in bfloat16 if possible
@@ -78,7 +78,7 @@ def rate_of(machine, work, seconds):
 
 def sampling_dtype(cfg, machine):
     """What sampling is measured in: bfloat16, if nothing else is asked for, but on a CPU that can't compute in it."""
-    can = machine.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    can = machine.device.type != "cpu" or cpu_has_bfloat16()
     return torch.bfloat16 if cfg.dtype == "auto" and can else machine.dtype
 
 
@@ -97,21 +97,28 @@ def row(what, rate, unit, bound=None, of="", gib=None):
 
 
 @torch.no_grad()
+def peaks(machine, dtype):
+    """FLOP/s of products and of convolutions, the best of three shapes."""
+    n, side = (8192, 64) if machine.device.type == "cuda" else (2048, 32)
+    a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
+    found = {"products": 2 * n ** 3 * rate_of(machine, lambda: a @ b, 1), "convolutions": 0}
+    for c, s in ((128, 2 * side), (256, side), (512, side // 2)):
+        conv = torch.nn.Conv2d(c, c, 3, padding=1).to(machine.device, dtype, memory_format=torch.channels_last)
+        x = torch.randn(8, c, s, s, device=machine.device).to(dtype, memory_format=torch.channels_last)
+        rate = rate_of(machine, lambda: conv(x), 0.4)
+        found["convolutions"] = max(found["convolutions"], 18 * c * x.numel() * rate)
+    return found
+
+
 def limits(cfg):
     """What the machine can do: products and convolutions (FLOP/s, by dtype), reading memory (bytes/s)."""
     machine, rows = Machine(cfg.device, cfg.dtype), []
     cuda, out = machine.device.type == "cuda", {"device": machine.device.type, "dtype": str(machine.dtype)[6:]}
     name = "limits, " + (torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads")
-    n, side = (8192, 64) if cuda else (2048, 32)
     for dtype in {machine.dtype, sampling_dtype(cfg, machine)}:
-        a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
-        products, convolutions = 2 * n ** 3 * rate_of(machine, lambda: a @ b, 2), 0
-        for c, s in ((128, 2 * side), (256, side), (512, side // 2)):
-            conv = torch.nn.Conv2d(c, c, 3, padding=1).to(machine.device, dtype, memory_format=torch.channels_last)
-            x = torch.randn(8, c, s, s, device=machine.device).to(dtype, memory_format=torch.channels_last)
-            convolutions = max(convolutions, 18 * c * x.numel() * rate_of(machine, lambda: conv(x), 0.7))
-        out[str(dtype)[6:]] = {"products": products, "convolutions": convolutions}
-        rows += [row(f"{name}, {str(dtype)[6:]}: {k}", v / 1e9, "GFLOP/s") for k, v in out[str(dtype)[6:]].items()]
+        half = str(dtype)[6:]
+        out[half] = peaks(machine, dtype)
+        rows += [row(f"{name}, {half}: {k}", v / 1e9, "GFLOP/s") for k, v in out[half].items()]
     x = torch.ones(2 ** 28, device=machine.device)
     out["read"] = x.nbytes * rate_of(machine, x.sum, 1)
     return out, [*rows, row(f"{name}: reading memory", out["read"] / 1e9, "GB/s")]
@@ -127,9 +134,10 @@ def kinds(cfg, limit):
 def sample(cfg, limit):
     """GPT.generate at the large size, the plain loop without a cache, and the bare products of the same weights."""
     machine, t, rows, plain = Machine(cfg.device, cfg.dtype), cfg.grid ** 2, [], {}
-    with machine.device:
+    with torch.device("meta"):  # without the work of initialising it
         gpt = GPT(GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)).requires_grad_(False).eval()
-    for p in (p for p in gpt.parameters() if not p.any()):  # the layers that start at zero
+    gpt.to_empty(device=machine.device)
+    for p in gpt.parameters():
         p.normal_(std=0.02)
     peak = limit[limit["dtype"]]["products"]
     numbers = sum(m.weight.numel() for m in gpt.modules() if isinstance(m, torch.nn.Linear) and m is not gpt.cond_proj)
@@ -151,19 +159,21 @@ def sample(cfg, limit):
         if compiled:
             gpt.static = True
             gpt.run = torch.compile(gpt.run, mode="reduce-overhead")
-        for b, guidance in ((1, 1.0), (1, 2.0), (cfg.batch, 1.0), (cfg.batch, 2.0)):
+        for b, guidance, every in ((1, 1.0, 1), (1, 2.0, 4), (cfg.batch, 1.0, 8), (cfg.batch, 2.0, 8)):
             n = b if guidance == 1 else 2 * b
             cond, uniform = torch.randn(b, 512, device=machine.device), torch.rand(b, t, device=machine.device)
             inputs = [torch.randn(n, 1, m.weight.shape[1], device=machine.device, dtype=dtype) for m in layers]
             for _ in range(1 + compiled):  # compiling is not timed
-                steps, bare = timed(gpt, cond, uniform, guidance, machine, list(zip(layers, inputs)))
+                steps, bare = timed(gpt, cond, uniform, guidance, machine, list(zip(layers, inputs)), every)
+            ends = max(1, len(steps) // 8)
             step, cache = sum(steps) / len(steps), cfg.n_layer * n * cfg.n_embd * t  # keys and values, half full
             size = numbers * dtype.itemsize + cache * (4 if limit["device"] == "cpu" else dtype.itemsize)
             least = max(size / limit["read"], 2 * numbers * n / limit[half]["products"])
             rows += [row(f"sampling, batch {b}{', guidance' if n > b else ''}, {half}{name}", b / step, "tokens/s",
                          b / bare, "the bare products", memory(machine)),
                      row("    weights and cache", size / step / 1e9, "GB/s", limit["read"] / 1e9, "reading memory"),
-                     row("    time of the last 32 tokens / of the first", sum(steps[-32:]) / sum(steps[:32]), "x")]
+                     row("    time of the last eighth of the tokens / the first",
+                         sum(steps[-ends:]) / sum(steps[:ends]), "x")]
             if n > b:
                 rows.append(row("    time / without guidance", step / alone, "x"))
             else:
@@ -172,31 +182,37 @@ def sample(cfg, limit):
     return rows
 
 
-def timed(gpt, cond, uniform, guidance, machine, products):
-    """The seconds of each token of GPT.generate but the first, and of the bare products, run after every eighth."""
-    begun, ended, bare, run = [], [], [], gpt.run
-    gelus = [layer for layer, _ in products if layer.gelu]
+def timed(gpt, cond, uniform, guidance, machine, products, every):
+    """The seconds of every so manieth token of GPT.generate but the first, the others left out, and of the bare
+    products, run after every eighth of those."""
+    seconds, bare, calls, run = [], [], 0, gpt.run
+    gelus, begun, logits = [layer for layer, _ in products if layer.gelu], None, None
 
     def watched(*args):
+        nonlocal calls, begun, logits
         wait(machine)
-        ended.append(time.perf_counter())
-        if len(ended) % 8 == 0:
+        if begun:
+            seconds.append(time.perf_counter() - begun)
+        begun, calls = None, calls + 1
+        if (calls - 1) % every:
+            return logits
+        if len(seconds) % 8 == 7:
             for layer in gelus:
                 layer.gelu = False
-            bare_begun = time.perf_counter()
+            start = time.perf_counter()
             for layer, x in products:
                 layer(x)
             wait(machine)
-            bare.append(time.perf_counter() - bare_begun)
+            bare.append(time.perf_counter() - start)
             for layer in gelus:
                 layer.gelu = True
-        begun.append(time.perf_counter())
-        return run(*args)
+        begun = time.perf_counter()
+        logits = run(*args)
+        return logits
     gpt.run = watched
     gpt.generate(cond, uniform, guidance)
-    wait(machine)
     gpt.run = run
-    return [e - b for b, e in zip(begun[1:], [*ended[2:], time.perf_counter()])], sum(bare) / len(bare)
+    return seconds[1:], sum(bare) / len(bare)
 
 
 def make_data(cfg):
@@ -206,8 +222,12 @@ def make_data(cfg):
     for folder, n in (("jpegs", cfg.jpegs), ("few", 64)):
         (data / folder).mkdir(parents=True)
         for i in range(n):
-            noise = Image.fromarray(rng.integers(256, size=(15, 20, 3), dtype=np.uint8))
-            noise.resize((320, 240), Image.Resampling.BICUBIC).save(data / folder / f"{i:05d}.jpg", quality=90)
+            file = data / folder / f"{i:05d}.jpg"
+            if i < 256:
+                noise = Image.fromarray(rng.integers(256, size=(15, 20, 3), dtype=np.uint8))
+                noise.resize((320, 240), Image.Resampling.BICUBIC).save(file, quality=90)
+            else:  # the same again, which costs a reader as much
+                shutil.copyfile(data / folder / f"{i % 256:05d}.jpg", file)
     for folder in ("train", "unseen"):
         (data / folder).mkdir()
     for i in range(500):
@@ -232,19 +252,23 @@ def call(script, cfg, pattern, **options):
 
 
 def train(what, script, cfg, limit, kind, flops, count, unit, **options):
-    """Rows of a trainer's real step, by --dry_run; `flops` are those of one of the `count` tokens or pictures in it."""
-    rows = []
+    """Rows of a trainer's real step, by --dry_run; `flops` are those of one of the `count` tokens or pictures in it.
+    The peak is the mean of just before and just after, for a shared machine is not equally fast all the time."""
+    machine, dtype, rows = Machine(cfg.device, limit["dtype"]), getattr(torch, limit["dtype"]), []
     for compiled, name in kinds(cfg, limit):
+        before = peaks(machine, dtype)[kind]
         gib, rate = call(script, cfg, r"run: (\S+) GiB at most, (\S+) steps/s", dry_run=True, compile=compiled,
                          **options)
-        rows.append(row(f"{what}, {limit['dtype']}{name}", rate * count, unit, limit[limit["dtype"]][kind] / flops,
-                        f"the peak of {kind}", gib) | {"step": 1 / rate})
+        peak = (before + peaks(machine, dtype)[kind]) / 2
+        rows.append(row(f"{what}, {limit['dtype']}{name}", rate * count, unit, peak / flops, f"the peak of {kind}", gib)
+                    | {"step": 1 / rate})
     return rows
 
 
 def gpts(cfg, limit):
     """train_gpt.py at the large size and the demo's. FLOPs of a token: 6 a weight, and causal attention's."""
-    data, rows, n = Path(cfg.out, "data"), [], cfg.rows or (64 if limit["device"] == "cuda" else 4)
+    data, rows = Path(cfg.out, "data"), []
+    n = cfg.rows or (64 if limit["device"] == "cuda" else 4 if limit["dtype"] == "bfloat16" else 2)
     large = GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)
     for name, b, steps, muon, shape in (("cheap", n, cfg.steps, False, large),  # by AdamW, as the presets
                                         ("toy", 128, 40, True, GPTConfig(1024, 4, 64, 4, 6, 192))):
@@ -261,7 +285,8 @@ def gpts(cfg, limit):
 def vqgans(cfg, limit):
     """vqgan.py at f=16 with its discriminator, and the demo's without. FLOPs of a picture: the VQGAN's forward pass 3
     times, CLIP's 3 (two forward, one back to the pixels), the discriminator's 7 (two forward, one back, twice two)."""
-    data, rows, n = Path(cfg.out, "data"), [], cfg.pictures or (32 if limit["device"] == "cuda" else 8)
+    data, rows = Path(cfg.out, "data"), []
+    n = cfg.pictures or (32 if limit["device"] == "cuda" else 8 if limit["dtype"] == "bfloat16" else 4)
     large = vqgan.F16 | {"image_size": cfg.pixels, "disc_start": 0, "batch_size": n, "max_steps": cfg.steps}
     for name, pictures, options in (("vit", "jpegs", large), ("toy", "train", {"max_steps": 20})):
         options |= {"vq_start": 0, "clip": data / f"{name}.clip", "data": data / pictures}
@@ -298,7 +323,8 @@ def prepares(cfg, limit):
     data, machine = Path(cfg.out, "data"), Machine(cfg.device, cfg.dtype, training=False)
     c = prepare.Config(data=cfg.photos or str(data / "jpegs"), val_percent=0.0)
     (net, _, vcfg), source = load_vqgan(data / "toy.vqgan", machine.device), Pictures(c.data)
-    clip, workers, apart = load_clip(data / "toy.clip", machine.device), prepare.cores(), prepare.computes_apart(machine)
+    clip, workers = load_clip(data / "toy.clip", machine.device), prepare.cores()
+    apart = prepare.computes_apart(machine)
     rate, = call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / "prepared", val_percent=0,
                  vqgan=data / "toy.vqgan", clip=data / "toy.clip")
     largest = memory(machine, resource.RUSAGE_CHILDREN) if machine.device.type == "cpu" else None
@@ -332,21 +358,21 @@ def batches(cfg, step):
     for name, width, dtype in (("cold_tokens", 256, np.uint16), ("cold_clip", 512, np.float16)):
         with open(data / name, "wb") as f:
             for first in range(0, n, 1 << 14):
-                f.write(rng.integers(1024, size=(min(n - first, 1 << 14), width)).astype(dtype))
+                f.write(rng.integers(1024, size=(min(n - first, 1 << 14), width), dtype=np.uint16).astype(dtype))
             f.flush()
             os.fsync(f.fileno())
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         arrays.append(np.memmap(data / name, dtype, "r", shape=(n, width)))
 
-    def mean_time():
+    def mean_time(pause):
         batch, seconds = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b)), []
-        for i in range(60):
+        for i in range(35):
             begun = time.perf_counter()
             batch(i)
             seconds.append(time.perf_counter() - begun)
-            time.sleep(step)
-        return sum(seconds[10:]) / 50
-    cold, warm = mean_time(), mean_time()  # the second time the same rows lie in memory
+            time.sleep(pause)
+        return sum(seconds[5:]) / 30
+    cold, warm = mean_time(step), mean_time(min(step, 0.05))  # the second time the same rows lie in memory
     return [row(f"batches of {b} cold rows of a {cfg.mib} MiB dump", b / cold, "rows/s", b / warm, "the same rows warm",
                 memory(Machine("cpu", "float32"))),
             row("    their time / the demo's GPT step and them", cold / (cold + step), "x")]

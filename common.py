@@ -36,7 +36,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from model import GPT, GPTConfig, VQGAN, VQGANConfig
+from model import GPT, GPTConfig, VQGAN, VQGANConfig, cpu_has_bfloat16
 
 # ------------------------------------------------------------------------------------------------- the config line
 
@@ -247,6 +247,8 @@ def millions(model):
 def bfloat16_pays(n=512):
     """Whether this CPU multiplies bfloat16 matrices at least 1.3 times as fast as float32 ones: the best of a few tries
     each, in turn. Some do, 2-3 times; others have the instructions and are slower with them."""
+    if not cpu_has_bfloat16():
+        return False
     pairs = [[torch.ones(n, n, dtype=dtype) for _ in range(2)] for dtype in (torch.float32, torch.bfloat16)]
     best = [math.inf, math.inf]
     for _ in range(9):
@@ -548,7 +550,7 @@ class Run:
     def __init__(self, stage, cfg, machine, depends):
         self.stage, self.cfg, self.machine, self.depends = stage, dataclasses.asdict(cfg), machine, depends
         self.final, self.path = Path(cfg.out) / f"{stage}.pt", Path(cfg.out) / f"{stage}.ckpt"
-        self.resume, self.dry, self.begun = None, getattr(cfg, "dry_run", False), 0.0
+        self.resume, self.dry, self.begun = None, getattr(cfg, "dry_run", False), time.time()
         path = self.final if self.final.exists() else self.path
         self.lock = None if self.dry else lock(cfg.out, machine)
         if path.exists() and not self.dry:
@@ -572,6 +574,7 @@ class Run:
         self.step = self.resume["step"] if self.resume else 0
         self.log_file, self.stopping, self.pid = None, False, os.getpid()
         self.bad_row, self.bad_total = 0, 0
+        self.warm = min(2, cfg.max_steps - 1)  # steps of a dry run that are not timed
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
@@ -587,7 +590,7 @@ class Run:
     def log(self, **facts):
         """Add a line to the log. The first call of a run that goes on drops the lines after its checkpoint, so that
         every step stands there once."""
-        if self.dry and facts["step"] <= 2:
+        if self.dry and facts["step"] <= self.warm:
             self.begun = time.time()
         if self.dry and facts["step"] == 7:
             self.report()
@@ -616,9 +619,9 @@ class Run:
             fail(f"20 steps in a row were not finite; {kept}. Try a smaller --learning_rate or --dtype=float32")
 
     def report(self):
-        """The end of a dry run: after two steps to warm up, five were timed."""
+        """The end of a dry run: after two steps to warm up, or one of two, five were timed."""
         steps = self.cfg["max_steps"]
-        seconds = (time.time() - self.begun) / max(1, min(5, steps - 2))
+        seconds = (time.time() - self.begun) / max(1, min(5, steps - self.warm))
         if self.machine.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
         else:

@@ -337,6 +337,11 @@ class GeluLinear(nn.Linear):
         return F.gelu(super().forward(x))
 
 
+def cpu_has_bfloat16():
+    """Whether oneDNN computes in bfloat16 on this CPU; without it torch does, hundreds of times slower than in float32."""
+    return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class PackedLinear(nn.Module):
     """A Linear that samples and never learns: weights cast to `dtype` once, where autocast would cast all of them anew
     for every token, and for a CPU laid out once as oneDNN reads them fastest.
@@ -353,7 +358,7 @@ class PackedLinear(nn.Module):
         mkldnn = weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
         if mkldnn and dtype == torch.float32:
             self.layout, self.weight, self.bias = "convolution", weight, bias
-        elif mkldnn and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        elif mkldnn and dtype == torch.bfloat16 and cpu_has_bfloat16():
             self.layout, self.weight, self.bias = "product", torch.ops.mkldnn._reorder_linear_weight(weight, 1), bias
         else:  # as buffers, which torch.compile knows to stay where they are
             self.layout = "plain"
@@ -371,9 +376,9 @@ class PackedLinear(nn.Module):
                 dense = self.weight.to_dense() if self.weight.is_mkldnn else self.weight[..., None, None]
                 self.weight = torch.ops.mkldnn._reorder_convolution_weight(dense, *ONE_BY_ONE, [1, c, 1, n])
                 self.rows = n
-            row = x.reshape(1, 1, n, c).permute(0, 3, 1, 2)         # (1, C, 1, n), a picture of one line
-            y = torch.ops.mkldnn._convolution_pointwise.default(row, self.weight, self.bias, *ONE_BY_ONE, then, [], kind)
-            return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+            x, shape = x.reshape(1, 1, n, c).permute(0, 3, 1, 2), x.shape             # (1, C, 1, n), one line of pixels
+            y = torch.ops.mkldnn._convolution_pointwise.default(x, self.weight, self.bias, *ONE_BY_ONE, then, [], kind)
+            return y.permute(0, 2, 3, 1).reshape(*shape[:-1], -1)
         y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
         return F.gelu(y) if self.gelu else y
 
@@ -395,7 +400,8 @@ class Block(nn.Module):
         b, t, c = x.shape
         qkv = self.qkv(self.ln_1(x))                                                            # (B, t, 3C)
         if cache is None:
-            y = attend(*qkv.view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4), is_causal=True)  # (B, H, t, hd)
+            qkv = qkv.view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)                     # (3, B, H, t, hd)
+            y = attend(*qkv.unbind(), is_causal=True)                                           # (B, H, t, hd)
         else:  # t is 1: write this position's key and value into the cache, look at all up to it
             qkv = qkv.view(b, 3, self.n_head, 1, -1)                                            # (B, 3, H, 1, hd)
             query, now = qkv.select(1, 0), qkv.narrow(1, 1, 2)

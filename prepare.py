@@ -8,8 +8,8 @@ networks are frozen, so this is done once, and the trainer reads fixed-size rows
     meta.json                          shapes, what made the rows, the embeddings' means, what was skipped and why
 
 Work goes in chunks of pictures, each a small file of its own until the end: a restart goes on with the missing ones,
-and any number of processes can share them. Beside a GPU worker processes decode and crop; on a CPU they run the networks
-as well, each with one thread, so that no thread waits for another."""
+and any number of processes can share them. Beside a GPU worker processes decode and crop; on a CPU they run the
+networks as well, each with one thread, so that no thread waits for another."""
 import json
 import os
 import shutil
@@ -39,7 +39,7 @@ class Config:
     flip: bool = True                   # mirror half of the others
     val_percent: Amount = 2.0           # of the pictures that are held out, chosen by name
     max_bad: Share = 0.5                # stop if more of the pictures than this can't be read
-    batch_size: AutoCount = None        # rows at a time through the networks (auto: 16 in a CPU's process, 128 on a GPU)
+    batch_size: AutoCount = None        # rows at a time through the networks (auto: 16 on a CPU, 128 on a GPU)
     chunk: Count = 256                  # pictures a chunk
     workers: AutoWhole = None           # processes that decode, on a CPU also compute (auto: one a core)
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
@@ -164,8 +164,8 @@ def cores():
 
 
 def computes_apart(machine):
-    """Whether the worker processes run the networks: on a CPU, where a process can be forked with them in it. Threads of
-    one network wait for each other at every layer, and the longer the more decoding keeps one of them from its core."""
+    """Whether the worker processes run the networks: on a CPU, where a process can be forked with them in it. Threads
+    of one network wait for each other at every layer, the longer the more decoding keeps one of them from its core."""
     return machine.device.type == "cpu" and sys.platform == "linux"
 
 

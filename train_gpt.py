@@ -5,6 +5,7 @@ picture and the first "word" is what CLIP sees in that picture. Trained on pictu
 a text when sampling. So that it forgives the difference, the embedding is centred and gets noise, part of it shaped
 like what a text leaves open; in a tenth of the rows it is withheld, which is what classifier-free guidance needs; and a
 tenth of the tokens read are wrong ones, so that the GPT trusts the embedding more than what it has just written."""
+import copy
 import json
 import math
 import os
@@ -172,12 +173,12 @@ def main():
     torch.manual_seed(cfg.seed)
     gcfg = GPTConfig(meta["codes"], meta["grid"], meta["clip_dim"], cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.classic,
                      cfg.zero_init)
-    model, ema = GPT(gcfg).to(machine.device), GPT(gcfg).to(machine.device).requires_grad_(False).eval()
+    model = GPT(gcfg).to(machine.device)
     if cfg.center and not cfg.classic:
         model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
     if not cfg.classic and not run.resume:
         model.spread.copy_(neighbour_spread(model, arrays["train"][1], cfg.seed))
-    ema.load_state_dict(model.state_dict())
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
     params = list(model.parameters())
     inner = {p for p in model.blocks.parameters() if p.dim() == 2} if cfg.muon else set()
     decay, free = ([p for p in params if p not in inner and (p.dim() >= 2) == large] for large in (True, False))

@@ -4,6 +4,7 @@ An encoder shrinks the picture to a small grid of vectors, each vector is replac
 codebook, a decoder paints the picture again. What is kept is what fits into the codes, so the losses decide what
 matters: pixels (L1 + L2), what CLIP's image encoder sees at several depths (perceptual), and late in training a
 discriminator that judges patches (--disc_start; off by default). Pictures alone are read, no captions."""
+import copy
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -161,8 +162,7 @@ def main():
     torch.manual_seed(cfg.seed)
     model = VQGAN(vcfg).to(machine.device, memory_format=torch.channels_last)
     disc = Discriminator().to(machine.device, memory_format=torch.channels_last)
-    ema = VQGAN(vcfg).to(machine.device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    ema.load_state_dict(model.state_dict())
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
 
     def adam(parameters):
         return torch.optim.AdamW(parameters, 0.0, (0.9, 0.99), weight_decay=0.0, fused=machine.fused)
