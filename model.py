@@ -338,7 +338,7 @@ class GeluLinear(nn.Linear):
 
 
 def cpu_has_bfloat16():
-    """Whether oneDNN computes in bfloat16 on this CPU; without it torch does, hundreds of times slower than in float32."""
+    """Whether oneDNN computes in bfloat16 on this CPU; where not, torch does, hundreds of times slower than in float32."""
     return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
