@@ -183,10 +183,12 @@ def sample(cfg, limit):
 
 
 def timed(gpt, cond, uniform, guidance, machine, products, every):
-    """The seconds of every so manieth token of GPT.generate but the first, the others left out, and of the bare
-    products, run after every eighth of those."""
+    """The seconds of every so manieth token of GPT.generate, the others left out, and of the bare products, run before
+    every eighth of those."""
     seconds, bare, calls, run = [], [], 0, gpt.run
     gelus, begun, logits = [layer for layer, _ in products if layer.gelu], None, None
+    for layer, x in products:  # lays the weights out for so many rows
+        layer(x)
 
     def watched(*args):
         nonlocal calls, begun, logits
@@ -196,7 +198,7 @@ def timed(gpt, cond, uniform, guidance, machine, products, every):
         begun, calls = None, calls + 1
         if (calls - 1) % every:
             return logits
-        if len(seconds) % 8 == 1:
+        if len(seconds) % 8 == 0:
             for layer in gelus:
                 layer.gelu = False
             start = time.perf_counter()
@@ -211,8 +213,11 @@ def timed(gpt, cond, uniform, guidance, machine, products, every):
         return logits
     gpt.run = watched
     gpt.generate(cond, uniform, guidance)
+    wait(machine)
+    if begun:
+        seconds.append(time.perf_counter() - begun)
     gpt.run = run
-    return seconds[1:], sum(bare) / len(bare)
+    return seconds, sum(bare) / len(bare)
 
 
 def make_data(cfg):
@@ -321,12 +326,12 @@ class Again(torch.utils.data.Dataset):
 def prepares(cfg, limit):
     """prepare.py with the demo's networks, beside its decoding alone and its networks alone, each as it does them."""
     data, machine = Path(cfg.out, "data"), Machine(cfg.device, cfg.dtype, training=False)
-    c = prepare.Config(data=cfg.photos or str(data / "jpegs"), val_percent=0.0)
-    (net, _, vcfg), source = load_vqgan(data / "toy.vqgan", machine.device), Pictures(c.data)
-    clip, workers = load_clip(data / "toy.clip", machine.device), prepare.cores()
+    source, workers = Pictures(cfg.photos or str(data / "jpegs")), prepare.workers_for(machine)
+    c = prepare.Config(data=str(source.data), val_percent=0.0, chunk=max(1, len(source.names) // (8 * workers)))
+    (net, _, vcfg), clip = load_vqgan(data / "toy.vqgan", machine.device), load_clip(data / "toy.clip", machine.device)
     apart = prepare.computes_apart(machine)
     rate, = call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / "prepared", val_percent=0,
-                 vqgan=data / "toy.vqgan", clip=data / "toy.clip")
+                 chunk=c.chunk, vqgan=data / "toy.vqgan", clip=data / "toy.clip")
     largest = memory(machine, resource.RUSAGE_CHILDREN) if machine.device.type == "cpu" else None
     chunks = prepare.Chunks(source, source.names, c, vcfg.image_size, clip.size, c.crops)
 
@@ -338,7 +343,7 @@ def prepares(cfg, limit):
     decoded, (_, *crops, _) = len(source.names) / seconds(chunks, len(chunks)), chunks[0]
     if apart:
         torch.set_num_threads(1)
-    again = Again(lambda *x: prepare.rows_of(*x, net, clip, machine, 16 if apart else 128), crops, 12 * workers)
+    again = Again(lambda *x: prepare.rows_of(*x, net, clip, machine), crops, 8 * workers)
     if apart:
         networks = len(crops[0]) / c.crops * len(again) / seconds(again, len(again))
     else:

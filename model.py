@@ -338,7 +338,7 @@ class GeluLinear(nn.Linear):
 
 
 def cpu_has_bfloat16():
-    """Whether oneDNN computes in bfloat16 on this CPU; where not, torch does, hundreds of times slower than in float32."""
+    """Whether oneDNN computes in bfloat16 on this CPU. Where not, torch does, hundreds of times slower than float32."""
     return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -347,8 +347,9 @@ class PackedLinear(nn.Module):
     for every token, and for a CPU laid out once as oneDNN reads them fastest.
 
     In bfloat16 that is its inner product's layout, where the CPU can compute in it. In float32 it is that of its 1x1
-    convolution over the rows, which reads up to twice as fast as its and MKL's products of a few rows, and gives a row
-    the same bits whatever rows lie beside it. It depends on the number of rows: another number lays them out anew."""
+    convolution over the rows, which reads up to twice as fast as its and MKL's products of a few rows, and where tried
+    gave a row the same bits whatever rows lay beside it. It depends on how many those are: another number of rows lays
+    the weights out anew."""
 
     def __init__(self, linear, dtype):
         super().__init__()
@@ -468,8 +469,8 @@ class GPT(nn.Module):
 
     def run(self, x, pos=0, caches=None):
         """Embedded inputs (B, t, C) at positions pos.. -> logits (B, t, K). With caches (n_layer, B, 2, H, T, hd) of
-        keys and values t is 1, and pos may be a tensor (1,) instead of a number, which gives every position the same
-        shapes."""
+        keys and values t is 1, and pos may be a tensor (1,) instead of a number, and the caches a list, which gives
+        every position the same shapes."""
         rows = slice(pos, pos + x.shape[1]) if isinstance(pos, int) else pos
         x = x + self.pos_emb[rows]                                                              # (B, t, C)
         if caches is None:
@@ -478,7 +479,7 @@ class GPT(nn.Module):
             seen = caches.narrow(4, 0, pos + 1)
             each = zip(caches.narrow(4, pos, 1).unbind(), seen.select(2, 0).unbind(), seen.select(2, 1).unbind())
         else:
-            each = caches.unbind()
+            each = caches
         for block, cache in zip(self.blocks, each):
             x = block(x, cache, pos)
         return self.head(self.ln_f(x))
@@ -507,7 +508,13 @@ class GPT(nn.Module):
         if guidance != 1.0:
             x = torch.cat([x, self.null.expand_as(x)])                                          # (2B, 1, C)
         kept = torch.float32 if x.device.type == "cpu" else self.head.weight.dtype              # as `attend` reads it
-        caches = x.new_zeros(len(self.blocks), len(x), 2, h, t_max, c // h, dtype=kept)  # keys and values
+        shape = len(x), 2, h, t_max, c // h                                                     # keys and values
+        if self.static:  # a tensor each, which stays where it is: a CUDA graph can write into it
+            caches = [x.new_zeros(shape, dtype=kept) for _ in self.blocks]
+            for cache in caches:
+                torch._dynamo.mark_static_address(cache)
+        else:
+            caches = x.new_zeros(len(self.blocks), *shape, dtype=kept)
         tokens = torch.empty(b, t_max, dtype=torch.long, device=x.device)
         positions = torch.arange(t_max, device=x.device).split(1) if self.static else range(t_max)
         for i, pos in enumerate(positions):
@@ -519,15 +526,15 @@ class GPT(nn.Module):
         return tokens
 
     def pack(self, dtype):
-        """Make this a network that only samples, in `dtype`: every Linear is packed; the stream between the blocks,
-        and norms stay float32, and on a CPU the cache."""
+        """Make this a network that only samples, in `dtype`, for good: every Linear is packed; the stream between the
+        blocks and norms stay float32, and on a CPU the cache. There self.head and the like are plain functions."""
         for module in list(self.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
                     child = PackedLinear(child, dtype)
                     setattr(module, name, child)
-                if self.pos_emb.device.type == "cpu" and not isinstance(child, nn.ModuleList):
-                    module.__dict__[name] = child.forward  # found first: no bookkeeping of nn.Module's in each call
+                if self.pos_emb.device.type == "cpu" and nn.ModuleList not in (type(module), type(child)):
+                    module.__dict__[name] = child.forward  # found first: no bookkeeping of nn.Module's in its calls
         return self
 
     def generate(self, cond, uniform, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0):

@@ -8,11 +8,13 @@ networks are frozen, so this is done once, and the trainer reads fixed-size rows
     meta.json                          shapes, what made the rows, the embeddings' means, what was skipped and why
 
 Work goes in chunks of pictures, each a small file of its own until the end: a restart goes on with the missing ones,
-and any number of processes can share them. Beside a GPU worker processes decode and crop; on a CPU they run the
-networks as well, each with one thread, so that no thread waits for another."""
+and any number of processes can share them. Beside a GPU worker processes decode and crop; on a CPU, under Linux, they
+run the networks as well, each with one thread, so that no thread waits for another."""
+import ctypes
 import json
 import os
 import shutil
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,9 +41,9 @@ class Config:
     flip: bool = True                   # mirror half of the others
     val_percent: Amount = 2.0           # of the pictures that are held out, chosen by name
     max_bad: Share = 0.5                # stop if more of the pictures than this can't be read
-    batch_size: AutoCount = None        # rows at a time through the networks (auto: 16 on a CPU, 128 on a GPU)
+    batch_size: AutoCount = None        # rows at a time through the networks (auto: 16 of 64 px in a worker, else 128)
     chunk: Count = 256                  # pictures a chunk
-    workers: AutoWhole = None           # processes that decode, on a CPU also compute (auto: one a core)
+    workers: AutoWhole = None           # processes that decode, on a CPU also compute (auto: one a core, 8 by a GPU)
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "float32"            # of the networks: auto, float32, bfloat16, float16
 
@@ -131,12 +133,12 @@ def main():
                 f"{clip.name} ({millions(clip.model)}); on {machine}; writes {out}")
 
     apart = computes_apart(machine)
-    workers = max(1, cores() // machine.world) if cfg.workers is None else cfg.workers
+    workers = workers_for(machine) if cfg.workers is None else cfg.workers
     if apart:
         torch.set_num_threads(1)  # with --workers=0 as well: the last bit of a sum depends on it
 
     def networks(pixels, clip_pixels):
-        return rows_of(pixels, clip_pixels, vqgan, clip, machine, cfg.batch_size or (16 if apart else 128))
+        return rows_of(pixels, clip_pixels, vqgan, clip, machine, cfg.batch_size)
 
     bar, bad = Progress(sum(map(len, splits.values())), unit="picture"), 0
     for split, mine in splits.items():
@@ -158,28 +160,38 @@ def main():
         join(out, parts, splits, cfg, made, side, vcfg.codes, clip, dtype, machine)
 
 
-def cores():
-    """How many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def computes_apart(machine):
     """Whether the worker processes run the networks: on a CPU, where a process can be forked with them in it. Threads
     of one network wait for each other at every layer, the longer the more decoding keeps one of them from its core."""
     return machine.device.type == "cpu" and sys.platform == "linux"
 
 
+def workers_for(machine):
+    """How many worker processes this process starts by default: its share of this computer's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    mine = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return mine if computes_apart(machine) else min(mine, 2 if machine.device.type == "cpu" else 8)
+
+
 def loader(chunks, todo, workers):
     """The items `todo` of `chunks`, in order, made by worker processes."""
+    computing = bool(workers and chunks.networks)
     return torch.utils.data.DataLoader(chunks, None, sampler=todo, num_workers=workers,
                                        prefetch_factor=1 if workers else None,
-                                       multiprocessing_context="fork" if workers and chunks.networks else None)
+                                       multiprocessing_context="fork" if computing else None,
+                                       worker_init_fn=end_with_parent if computing else None)
+
+
+def end_with_parent(worker):
+    """Have Linux end this process when its parent ends, however that ends: a chunk can take minutes to compute."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @torch.no_grad()
-def rows_of(pixels, clip_pixels, vqgan, clip, machine, batch_size):
+def rows_of(pixels, clip_pixels, vqgan, clip, machine, batch_size=None):
     """uint8 crops (n, S, S, 3), (n, C, C, 3) -> tokens (n, T), unit embeddings (n, D), so many at a time."""
     side = pixels.shape[1] // vqgan.cfg.factor
+    batch_size = batch_size or (max(2, 2 ** 16 // pixels.shape[1] ** 2) if computes_apart(machine) else 128)
     tokens, embedding = np.zeros((len(pixels), side ** 2), np.int64), np.zeros((len(pixels), clip.dim), np.float16)
     for i in range(0, len(pixels), batch_size):
         part = slice(i, i + batch_size)
