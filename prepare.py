@@ -12,6 +12,7 @@ and any number of processes can share them. Beside a GPU worker processes decode
 run the networks as well, each with one thread, so that no thread waits for another."""
 import ctypes
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -185,6 +186,8 @@ def loader(chunks, todo, workers):
 def end_with_parent(worker):
     """Have Linux end this process when its parent ends, however that ends: a chunk can take minutes to compute."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
+        os._exit(1)
 
 
 @torch.no_grad()

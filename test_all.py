@@ -1326,6 +1326,26 @@ def test_a_lock_ends_with_its_process_though_a_worker_lives_on(tmp_path):
     assert kept
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers only decode")
+def test_workers_end_with_a_killed_prepare(world, tmp_path):
+    """They compute for long where chunks are large; left behind, they would work beside those of the next run."""
+    for i in range(4):
+        Image.new("RGB", (40, 32), (60 * i, 0, 99)).save(tmp_path / f"{i}.png")
+    child = subprocess.Popen([sys.executable, HERE / "prepare.py", f"--data={tmp_path}", f"--out={tmp_path}/d",
+                              "--chunk=2", "--crops=20000", "--val_percent=0", "--workers=2", "--dtype=float32"],
+                             cwd=world[0], stdout=subprocess.DEVNULL)
+    workers, children = [], Path(f"/proc/{child.pid}/task/{child.pid}/children")
+    while len(workers) < 2 and child.poll() is None:
+        workers = children.read_text().split()
+    child.kill()
+    child.wait()
+    alive, end = workers, time.time() + 5  # their chunk would take longer
+    while alive and time.time() < end:
+        stat = [Path(f"/proc/{w}/stat") for w in workers]
+        alive = [x for x in stat if x.exists() and x.read_text().rpartition(")")[2].split()[0] != "Z"]
+    assert len(workers) == 2 and not alive
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(world, tmp_path):
     """Files may grow to 100 kB and no further, as on a disk that is full."""
     d, _ = world
