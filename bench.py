@@ -54,7 +54,7 @@ class Config:
     pictures: AutoCount = None          # pictures of its training step (auto: 4 on a CPU, 8 in bfloat16, 32 on a GPU)
     steps: Count = 2                    # large training steps: up to two to warm up, the others are timed
     photos: str = ""                    # JPEGs to prepare, a folder or tar; empty: drawn, smooth noise of 320 x 240
-    jpegs: Count = 3072                 # how many to draw
+    jpegs: Count = 2048                 # how many to draw
     mib: Count = 1024                   # size of the dump that is read cold, from the disk
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # auto: trainers and prepare.py choose, sampling in bfloat16 if possible
@@ -159,7 +159,7 @@ def sample(cfg, limit):
         if compiled:
             gpt.static = True
             gpt.run = torch.compile(gpt.run, mode="reduce-overhead")
-        for b, guidance, every in ((1, 1.0, 1), (1, 2.0, 4), (cfg.batch, 1.0, 8), (cfg.batch, 2.0, 8)):
+        for b, guidance, every in ((1, 1.0, 2), (1, 2.0, 4), (cfg.batch, 1.0, 8), (cfg.batch, 2.0, 8)):
             n = b if guidance == 1 else 2 * b
             cond, uniform = torch.randn(b, 512, device=machine.device), torch.rand(b, t, device=machine.device)
             inputs = [torch.randn(n, 1, m.weight.shape[1], device=machine.device, dtype=dtype) for m in layers]
@@ -371,12 +371,12 @@ def batches(cfg, step):
 
     def mean_time(pause):
         batch, seconds = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b)), []
-        for i in range(35):
+        for i in range(25):
             begun = time.perf_counter()
             batch(i)
             seconds.append(time.perf_counter() - begun)
             time.sleep(pause)
-        return sum(seconds[5:]) / 30
+        return sum(seconds[5:]) / 20
     cold, warm = mean_time(step), mean_time(min(step, 0.05))  # the second time the same rows lie in memory
     return [row(f"batches of {b} cold rows of a {cfg.mib} MiB dump", b / cold, "rows/s", b / warm, "the same rows warm",
                 memory(Machine("cpu", "float32"))),
