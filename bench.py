@@ -330,17 +330,21 @@ def prepares(cfg, limit):
     c = prepare.Config(data=str(source.data), val_percent=0.0, chunk=max(1, len(source.names) // (8 * workers)))
     (net, _, vcfg), clip = load_vqgan(data / "toy.vqgan", machine.device), load_clip(data / "toy.clip", machine.device)
     apart = prepare.computes_apart(machine)
-    rate, = call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / "prepared", val_percent=0,
-                 chunk=c.chunk, vqgan=data / "toy.vqgan", clip=data / "toy.clip")
-    largest = memory(machine, resource.RUSAGE_CHILDREN) if machine.device.type == "cpu" else None
-    chunks = prepare.Chunks(source, source.names, c, vcfg.image_size, clip.size, c.crops)
+    chunks = prepare.Chunks(source, source.names, c, vcfg.image_size, clip.size, c.crops,
+                            (lambda *crops: (0, 0)) if apart else None)  # pixels leave a worker beside a GPU only
 
     def seconds(items, n):
         begun = time.time()
         for _ in prepare.loader(items, range(n), workers):
             pass
         return time.time() - begun
-    decoded, (_, *crops, _) = len(source.names) / seconds(chunks, len(chunks)), chunks[0]
+    before = seconds(chunks, len(chunks))
+    rate, = call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / "prepared", val_percent=0,
+                 chunk=c.chunk, vqgan=data / "toy.vqgan", clip=data / "toy.clip")
+    largest = memory(machine, resource.RUSAGE_CHILDREN) if machine.device.type == "cpu" else None
+    decoded = 2 * len(source.names) / (before + seconds(chunks, len(chunks)))
+    chunks.networks = None
+    _, *crops, _ = chunks[0]
     if apart:
         torch.set_num_threads(1)
     again = Again(lambda *x: prepare.rows_of(*x, net, clip, machine), crops, 8 * workers)
