@@ -1335,14 +1335,17 @@ def test_workers_end_with_a_killed_prepare(world, tmp_path):
                               "--chunk=2", "--crops=20000", "--val_percent=0", "--workers=2", "--dtype=float32"],
                              cwd=world[0], stdout=subprocess.DEVNULL)
     workers, children = [], Path(f"/proc/{child.pid}/task/{child.pid}/children")
-    while len(workers) < 2 and child.poll() is None:
+
+    def stat(worker):  # its state, and further on the time it has computed, in hundredths of a second
+        file = Path(f"/proc/{worker}/stat")
+        return file.read_text().rpartition(")")[2].split() if file.exists() else ["Z"]
+    while child.poll() is None and (len(workers) < 2 or min(int(stat(w)[11]) for w in workers) < 50):
         workers = children.read_text().split()
     child.kill()
     child.wait()
-    alive, end = workers, time.time() + 5  # their chunk would take longer
+    alive, end = workers, time.time() + 3  # their chunk would take longer
     while alive and time.time() < end:
-        stat = [Path(f"/proc/{w}/stat") for w in workers]
-        alive = [x for x in stat if x.exists() and x.read_text().rpartition(")")[2].split()[0] != "Z"]
+        alive = [w for w in workers if stat(w)[0] != "Z"]
     assert len(workers) == 2 and not alive
 
 
