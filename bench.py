@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -67,13 +68,16 @@ def wait(machine):
 
 
 def rate_of(machine, work, seconds):
-    """Runs a second: the best try of about that time, and of four in up to ten times as much."""
-    best, start, tries, now = math.inf, time.perf_counter(), 0, 0.0
-    while now < seconds or tries < 4 and now < 10 * seconds:
+    """Runs a second: the median try of about that time, and of four in up to ten times as much, one to warm up left
+    out."""
+    work()
+    wait(machine)
+    ends = [time.perf_counter()]
+    while ends[-1] - ends[0] < seconds or len(ends) < 5 and ends[-1] - ends[0] < 10 * seconds:
         work()
         wait(machine)
-        best, tries, now = min(best, time.perf_counter() - start - now), tries + 1, time.perf_counter() - start
-    return 1 / best
+        ends.append(time.perf_counter())
+    return 1 / statistics.median(b - a for a, b in zip(ends, ends[1:]))
 
 
 def sampling_dtype(cfg, machine):

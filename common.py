@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import signal
+import statistics
 import sys
 import tarfile
 import time
@@ -550,7 +551,7 @@ class Run:
     def __init__(self, stage, cfg, machine, depends):
         self.stage, self.cfg, self.machine, self.depends = stage, dataclasses.asdict(cfg), machine, depends
         self.final, self.path = Path(cfg.out) / f"{stage}.pt", Path(cfg.out) / f"{stage}.ckpt"
-        self.resume, self.dry, self.begun = None, getattr(cfg, "dry_run", False), time.time()
+        self.resume, self.dry = None, getattr(cfg, "dry_run", False)
         path = self.final if self.final.exists() else self.path
         self.lock = None if self.dry else lock(cfg.out, machine)
         if path.exists() and not self.dry:
@@ -574,7 +575,7 @@ class Run:
         self.step = self.resume["step"] if self.resume else 0
         self.log_file, self.stopping, self.pid = None, False, os.getpid()
         self.bad_row, self.bad_total = 0, 0
-        self.warm = min(2, cfg.max_steps - 1)  # steps of a dry run that are not timed
+        self.ends = [time.perf_counter()]  # of a dry run's steps
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
@@ -590,10 +591,10 @@ class Run:
     def log(self, **facts):
         """Add a line to the log. The first call of a run that goes on drops the lines after its checkpoint, so that
         every step stands there once."""
-        if self.dry and facts["step"] <= self.warm:
-            self.begun = time.time()
-        if self.dry and facts["step"] == 7:
-            self.report()
+        if self.dry:
+            self.ends.append(time.perf_counter())
+            if len(self.ends) > 7 and self.ends[-1] - self.ends[2] > 5:
+                self.report()
         if self.machine.rank > 0 or self.dry:
             return
         if not self.log_file:
@@ -619,9 +620,9 @@ class Run:
             fail(f"20 steps in a row were not finite; {kept}. Try a smaller --learning_rate or --dtype=float32")
 
     def report(self):
-        """The end of a dry run: after two steps to warm up, or one of two, five were timed."""
-        steps = self.cfg["max_steps"]
-        seconds = (time.time() - self.begun) / max(1, min(5, steps - self.warm))
+        """The end of a dry run: the median step of five or more and five seconds, two steps to warm up left out."""
+        steps, ends = self.cfg["max_steps"], self.ends[min(2, len(self.ends) - 2):]
+        seconds = statistics.median(b - a for a, b in zip(ends, ends[1:]))
         if self.machine.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
         else:
@@ -887,7 +888,7 @@ def open_picture(path):
         with Image.open(path) as im:
             if im.width * im.height > 100_000_000:
                 raise ValueError(f"{im.width} x {im.height} pixels are too many")
-            im = ImageOps.exif_transpose(im)
+            ImageOps.exif_transpose(im, in_place=True)
             if im.mode.startswith("I;16") or im.mode == "I":
                 im = Image.fromarray((np.asarray(im).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
             if im.mode in ("LA", "PA", "La", "RGBa") or "transparency" in im.info:

@@ -259,7 +259,8 @@ class Quantizer(nn.Module):
         """Vectors (N, d) -> index of the nearest code for each (N,), computed in float32."""
         codebook = self.unit(self.embedding.weight)                                    # (K, d)
         with torch.autocast(z.device.type, enabled=False):
-            return (codebook.square().sum(1) - 2 * z.float() @ codebook.T).argmin(1)   # ||z||^2 is the same for all
+            # |z - e|^2 without |z|^2, which is the same for all codes
+            return torch.addmm(codebook.square().sum(1), z.float(), codebook.T, alpha=-2).argmin(1)
 
     def lookup(self, tokens):
         """Tokens (B, h, w) -> their codes as a feature map (B, d, h, w)."""

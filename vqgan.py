@@ -166,10 +166,11 @@ def main():
 
     def adam(parameters):
         return torch.optim.AdamW(parameters, 0.0, (0.9, 0.99), weight_decay=0.0, fused=machine.fused)
-    convolutions = {p for p in model.parameters() if p.dim() == 4} if cfg.muon else set()
-    own = {"adam": adam([p for p in model.parameters() if p not in convolutions])}  # the VQGAN's own optimizers
+    params, averages = list(model.parameters()), list(ema.parameters())
+    convolutions = {p for p in params if p.dim() == 4} if cfg.muon else set()
+    own = {"adam": adam([p for p in params if p not in convolutions])}  # the VQGAN's own optimizers
     if cfg.muon:
-        own["muon"] = Muon([p for p in model.parameters() if p in convolutions])
+        own["muon"] = Muon([p for p in params if p in convolutions])
     opts = own | {"disc": adam(disc.parameters())}
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -258,10 +259,10 @@ def main():
             loss = (loss + weight * gan).detach()
         else:
             scaler.scale(loss).backward()
-        machine.average_gradients(model.parameters())
+        machine.average_gradients(params)
         for opt in own.values():
             scaler.unscale_(opt)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         good = math.isfinite(machine.sum(loss.detach().clone()).item() + norm.item())
         run.skip(step, good or scaler.is_enabled())  # to a scaler such a step only says that its scale is too high
         for opt in own.values() if good else ():
@@ -288,7 +289,7 @@ def main():
             if step == cfg.vq_start:
                 ema.quantize.load_state_dict(model.quantize.state_dict())
             if good:
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+                torch._foreach_lerp_(averages, params, 1 - decay)
         facts = {k: v.item() for k, v in parts.items()} | facts
         run.log(step=step + 1, loss=loss.item(), lr=group["lr"], **facts)
         bar(loss=loss.item(), **facts)
