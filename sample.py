@@ -4,18 +4,22 @@ CLIP's text encoder turns the words into an embedding, the GPT writes tokens beh
     python sample.py "a red bus" "a small blue fish" --n=4
 With --candidates more pictures are drawn than kept, and CLIP keeps those that look most like the words. With
 --image=FILE the embedding of a picture takes the words' place, for variations of it."""
+import gc
 import hashlib
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+gc.disable()  # while torch is imported: there is nothing to collect, and looking for it is a tenth of the time
 import numpy as np
 import torch
 
 from common import (AutoAmount, AutoCount, AutoShare, AutoWhole, Count, Device, Dtype, Machine, Whole, configure, crop,
                     fail, file_sha256, load_clip, load_gpt, load_vqgan, millions, open_picture, save_grid, to_image,
                     to_tensor, whole)
+gc.enable()
+gc.freeze()  # and later collections pass over what was imported
 
 
 @dataclass
