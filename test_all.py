@@ -35,7 +35,8 @@ import toy
 import train_gpt
 import vqgan
 import evaluate
-from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, Quantizer, VQGANConfig, hinge_loss, pick
+from model import (GPT, VQGAN, Conv2d, ConvolutionByColumns, Discriminator, GPTConfig, PackedLinear, Quantizer,
+                   VQGANConfig, hinge_loss, pick)
 
 HERE = Path(__file__).parent
 PHOTOS = HERE.parent / "shared/data/photos"
@@ -297,6 +298,22 @@ def test_kmeans_finds_clusters_and_dead_codes_restart():
 def test_discriminator_and_hinge():
     assert Discriminator()(some(2, 3, 64, 64)).shape[:2] == (2, 1)
     assert hinge_loss(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])).item() == pytest.approx(0.5 * (0.5 + 1.0))
+
+
+@pytest.mark.parametrize("b, side, k, stride, padding", [(3, 17, 3, 1, 1), (2, 45, 3, 1, 1), (2, 67, 3, 2, 0),
+                                                         (1, 20, 4, 2, 1), (70, 5, 1, 1, 0)])
+def test_wide_convolutions_learn_as_plain_ones_do(b, side, k, stride, padding):
+    """On a CPU with AVX2 at most by matrix products, with more windows than fit into one and with fewer."""
+    torch.manual_seed(0)
+    conv = Conv2d(130, 70, k, stride, padding, bias=k != 4).to(memory_format=torch.channels_last)
+    inputs = [torch.randn(b, 130, side, side, requires_grad=True), *conv.parameters()]
+    plain = F.conv2d(inputs[0], conv.weight, conv.bias, stride, padding)
+    wanted = torch.autograd.grad(plain, inputs, grad := torch.randn_like(plain))
+    by_columns = ConvolutionByColumns.apply(inputs[0], conv.weight, conv.bias, conv.stride, conv.padding)
+    for out in (by_columns, conv(inputs[0])):
+        assert torch.equal(out, plain)
+        for x, y in zip(torch.autograd.grad(out, inputs, grad), wanted):
+            assert (x - y).norm() < 1e-5 * y.norm()
 
 
 # --------------------------------------------------------------------------------------- files, config line, machine
@@ -1596,8 +1613,8 @@ def test_packed_sampling_is_the_same_network(classic, guidance):
     for net, dtype in ((full, torch.float32), (half, torch.bfloat16)):
         packed = [m for m in net.modules() if isinstance(m, PackedLinear)]
         assert len(packed) == 4 * 3 + 2 and {m.weight.dtype for m in packed} == {dtype}
-    alone, again = ([torch.cat([forced_logits(net, c[None], t[None], guidance) for c, t in zip(cond, tokens)])
-                     for net in (half, full)])
+    alone, again = [torch.cat([forced_logits(net, c[None], t[None], guidance) for c, t in zip(cond, tokens)])
+                    for net in (half, full)]
     assert (alone - exact).norm() < 0.02 * guidance * exact.norm()
     assert (again - exact).abs().max() <= 1e-5 * exact.abs().max() * guidance  # laid out anew for one row
 
