@@ -52,7 +52,7 @@ class Config:
     batch: Count = 8                    # pictures sampled at a time, beside one at a time
     rows: AutoCount = None              # rows of the large GPT's step (auto: 2 on a CPU, 4 in bfloat16, 64 on a GPU)
     pixels: Count = 128                 # side of the large VQGAN's pictures
-    pictures: AutoCount = None          # pictures of its training step (auto: 4 on a CPU, 8 in bfloat16, 32 on a GPU)
+    pictures: AutoCount = None          # pictures of its training step (auto: 2 on a CPU, 8 in bfloat16, 32 on a GPU)
     steps: Count = 2                    # large training steps: up to two to warm up, the others are timed
     photos: str = ""                    # JPEGs to prepare, a folder or tar; empty: drawn, smooth noise of 320 x 240
     jpegs: Count = 2048                 # how many to draw
@@ -101,17 +101,18 @@ def row(what, rate, unit, bound=None, of="", gib=None):
 
 
 @torch.no_grad()
-def peaks(machine, dtype):
-    """FLOP/s of products and of convolutions, the best of three shapes."""
+def peak(kind, machine, dtype):
+    """FLOP/s of "products", or of "convolutions": the best of three shapes."""
     n, side = (8192, 64) if machine.device.type == "cuda" else (2048, 32)
-    a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
-    found = {"products": 2 * n ** 3 * rate_of(machine, lambda: a @ b, 1), "convolutions": 0}
+    if kind == "products":
+        a, b = (torch.randn(n, n, device=machine.device).to(dtype) for _ in range(2))
+        return 2 * n ** 3 * rate_of(machine, lambda: a @ b, 1)
+    best = 0
     for c, s in ((128, 2 * side), (256, side), (512, side // 2)):
         conv = torch.nn.Conv2d(c, c, 3, padding=1).to(machine.device, dtype, memory_format=torch.channels_last)
         x = torch.randn(8, c, s, s, device=machine.device).to(dtype, memory_format=torch.channels_last)
-        rate = rate_of(machine, lambda: conv(x), 0.4)
-        found["convolutions"] = max(found["convolutions"], 18 * c * x.numel() * rate)
-    return found
+        best = max(best, 18 * c * x.numel() * rate_of(machine, lambda: conv(x), 0.4))
+    return best
 
 
 def limits(cfg):
@@ -120,9 +121,9 @@ def limits(cfg):
     cuda, out = machine.device.type == "cuda", {"device": machine.device.type, "dtype": str(machine.dtype)[6:]}
     name = "limits, " + (torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads")
     for dtype in {machine.dtype, sampling_dtype(cfg, machine)}:
-        half = str(dtype)[6:]
-        out[half] = peaks(machine, dtype)
-        rows += [row(f"{name}, {half}: {k}", v / 1e9, "GFLOP/s") for k, v in out[half].items()]
+        of = str(dtype)[6:]
+        out[of] = {kind: peak(kind, machine, dtype) for kind in ("products", "convolutions")}
+        rows += [row(f"{name}, {of}: {k}", v / 1e9, "GFLOP/s") for k, v in out[of].items()]
     x = torch.ones(2 ** 28, device=machine.device)
     out["read"] = x.nbytes * rate_of(machine, x.sum, 1)
     return out, [*rows, row(f"{name}: reading memory", out["read"] / 1e9, "GB/s")]
@@ -143,7 +144,6 @@ def sample(cfg, limit):
     gpt.to_empty(device=machine.device)
     for p in gpt.parameters():
         p.normal_(std=0.02)
-    peak = limit[limit["dtype"]]["products"]
     numbers = sum(m.weight.numel() for m in gpt.modules() if isinstance(m, torch.nn.Linear) and m is not gpt.cond_proj)
     for b in (1, cfg.batch):  # without a cache: 8 lengths, each for an eighth of the positions
         cond, plain[b] = torch.randn(b, 512, device=machine.device), 0
@@ -154,7 +154,8 @@ def sample(cfg, limit):
             wait(machine)
             plain[b] += (time.perf_counter() - begun) * t / 8
         rows.append(row(f"sampling, no cache, batch {b}, {limit['dtype']}", b * t / plain[b], "tokens/s",
-                        peak / (numbers * t), "the peak of products", memory(machine)))  # 2 FLOPs a weight, t/2 tokens
+                        limit[limit["dtype"]]["products"] / (numbers * t), "the peak of products",
+                        memory(machine)))  # 2 FLOPs a weight, t/2 tokens on average
     dtype = sampling_dtype(cfg, machine)
     layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
     half = str(dtype)[6:]
@@ -265,11 +266,11 @@ def train(what, script, cfg, limit, kind, flops, count, unit, **options):
     The peak is the mean of just before and just after, for a shared machine is not equally fast all the time."""
     machine, dtype, rows = Machine(cfg.device, limit["dtype"]), getattr(torch, limit["dtype"]), []
     for compiled, name in kinds(cfg, limit):
-        before = peaks(machine, dtype)[kind]
+        before = peak(kind, machine, dtype)
         gib, rate = call(script, cfg, r"run: (\S+) GiB at most, (\S+) steps/s", dry_run=True, compile=compiled,
                          **options)
-        peak = (before + peaks(machine, dtype)[kind]) / 2
-        rows.append(row(f"{what}, {limit['dtype']}{name}", rate * count, unit, peak / flops, f"the peak of {kind}", gib)
+        most = (before + peak(kind, machine, dtype)) / 2
+        rows.append(row(f"{what}, {limit['dtype']}{name}", rate * count, unit, most / flops, f"the peak of {kind}", gib)
                     | {"step": 1 / rate})
     return rows
 
@@ -295,7 +296,7 @@ def vqgans(cfg, limit):
     """vqgan.py at f=16 with its discriminator, and the demo's without. FLOPs of a picture: the VQGAN's forward pass 3
     times, CLIP's 3 (two forward, one back to the pixels), the discriminator's 7 (two forward, one back, twice two)."""
     data, rows = Path(cfg.out, "data"), []
-    n = cfg.pictures or (32 if limit["device"] == "cuda" else 8 if limit["dtype"] == "bfloat16" else 4)
+    n = cfg.pictures or (32 if limit["device"] == "cuda" else 8 if limit["dtype"] == "bfloat16" else 2)
     large = vqgan.F16 | {"image_size": cfg.pixels, "disc_start": 0, "batch_size": n, "max_steps": cfg.steps}
     for name, pictures, options in (("vit", "jpegs", large), ("toy", "train", {"max_steps": 20})):
         options |= {"vq_start": 0, "clip": data / f"{name}.clip", "data": data / pictures}
