@@ -53,7 +53,7 @@ class Config:
     rows: AutoCount = None              # rows of the large GPT's step (auto: 2 on a CPU, 4 in bfloat16, 64 on a GPU)
     pixels: Count = 128                 # side of the large VQGAN's pictures
     pictures: AutoCount = None          # pictures of its training step (auto: 2 on a CPU, 8 in bfloat16, 32 on a GPU)
-    steps: Count = 2                    # large training steps: up to two to warm up, the others are timed
+    steps: Count = 3                    # large training steps: two to warm up, or one of three, the others are timed
     photos: str = ""                    # JPEGs to prepare, a folder or tar; empty: drawn, smooth noise of 320 x 240
     jpegs: Count = 2048                 # how many to draw
     mib: Count = 1024                   # size of the dump that is read cold, from the disk
@@ -147,6 +147,7 @@ def sample(cfg, limit):
     numbers = sum(m.weight.numel() for m in gpt.modules() if isinstance(m, torch.nn.Linear) and m is not gpt.cond_proj)
     for b in (1, cfg.batch):  # without a cache: 8 lengths, each for an eighth of the positions
         cond, plain[b] = torch.randn(b, 512, device=machine.device), 0
+        before = peak("products", machine, machine.dtype)
         for length in range(t // 16, t, t // 8):
             begun = time.perf_counter()
             with machine.autocast():
@@ -154,8 +155,8 @@ def sample(cfg, limit):
             wait(machine)
             plain[b] += (time.perf_counter() - begun) * t / 8
         rows.append(row(f"sampling, no cache, batch {b}, {limit['dtype']}", b * t / plain[b], "tokens/s",
-                        limit[limit["dtype"]]["products"] / (numbers * t), "the peak of products",
-                        memory(machine)))  # 2 FLOPs a weight, t/2 tokens on average
+                        (before + peak("products", machine, machine.dtype)) / 2 / (numbers * t),
+                        "the peak of products", memory(machine)))  # 2 FLOPs a weight, t/2 tokens on average
     dtype = sampling_dtype(cfg, machine)
     layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
     half = str(dtype)[6:]
@@ -398,8 +399,10 @@ def main():
     if unknown:
         fail(f"--parts={cfg.parts}: there is no part {sorted(unknown)[0]}; there are {Config.parts}")
 
+    how = "fork" if sys.platform == "linux" else "spawn"  # nothing has been computed here that a fork could carry over
+
     def apart(part, *args):  # in a new process, whose memory is its own
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context(how)) as pool:
             return pool.submit(part, cfg, *args).result()
     limit, rows = apart(limits)
     apart(make_data)

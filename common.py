@@ -620,8 +620,8 @@ class Run:
             fail(f"20 steps in a row were not finite; {kept}. Try a smaller --learning_rate or --dtype=float32")
 
     def report(self):
-        """The end of a dry run: the median step of five or more and five seconds, two steps to warm up left out."""
-        steps, ends = self.cfg["max_steps"], self.ends[min(2, len(self.ends) - 2):]
+        """The end of a dry run: the median of its steps, two to warm up, or one of two or three, left out."""
+        steps, ends = self.cfg["max_steps"], self.ends[min(2, (len(self.ends) - 1) // 2):]
         seconds = statistics.median(b - a for a, b in zip(ends, ends[1:]))
         if self.machine.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
