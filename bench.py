@@ -6,12 +6,12 @@ untrained networks. Every share is a ratio of two rates of this one run; out/ben
     python bench.py                          # all of it; on a GPU if there is one, there with torch.compile and without
     python bench.py --parts=sample --n_layer=12"""
 import json
-import math
 import multiprocessing
 import os
 import re
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -402,7 +402,8 @@ def main():
     how = "fork" if sys.platform == "linux" else "spawn"  # nothing has been computed here that a fork could carry over
 
     def apart(part, *args):  # in a new process, whose memory is its own
-        with ProcessPoolExecutor(1, multiprocessing.get_context(how)) as pool:
+        interruptible = signal.signal, (signal.SIGINT, signal.default_int_handler)  # which a fork here is not otherwise
+        with ProcessPoolExecutor(1, multiprocessing.get_context(how), *interruptible) as pool:
             return pool.submit(part, cfg, *args).result()
     limit, rows = apart(limits)
     apart(make_data)

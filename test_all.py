@@ -303,7 +303,7 @@ def test_discriminator_and_hinge():
 @pytest.mark.parametrize("b, side, k, stride, padding", [(3, 17, 3, 1, 1), (2, 45, 3, 1, 1), (2, 67, 3, 2, 0),
                                                          (1, 20, 4, 2, 1), (70, 5, 1, 1, 0)])
 def test_wide_convolutions_learn_as_plain_ones_do(b, side, k, stride, padding):
-    """On a CPU with AVX2 at most by matrix products, with more windows than fit into one and with fewer."""
+    """On a CPU with AVX2 and no AVX-512 by matrix products, with more windows than fit into one and with fewer."""
     torch.manual_seed(0)
     conv = Conv2d(130, 70, k, stride, padding, bias=k != 4).to(memory_format=torch.channels_last)
     inputs = [torch.randn(b, 130, side, side, requires_grad=True), *conv.parameters()]
