@@ -55,8 +55,8 @@ class Config:
     pictures: AutoCount = None          # pictures of its training step (auto: 2 on a CPU, 8 in bfloat16, 32 on a GPU)
     steps: Count = 3                    # large training steps: two to warm up, or one of three, the others are timed
     photos: str = ""                    # JPEGs to prepare, a folder or tar; empty: drawn, smooth noise of 320 x 240
-    jpegs: Count = 2048                 # how many to draw
-    mib: Count = 1024                   # size of the dump that is read cold, from the disk
+    jpegs: Count = 1024                 # how many to draw
+    mib: Count = 512                    # size of the dump that is read cold, from the disk
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # auto: trainers and prepare.py choose, sampling in bfloat16 if possible
     compile: Compile = "auto"           # auto: on CUDA with and without; True: with; False: without
