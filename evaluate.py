@@ -531,8 +531,8 @@ def main():
             say.append(f"Our Fréchet distance is smaller than that of {name} in "
                        f"{findings[name]['ours is nearer']:.0%} of 40 resamplings of the {len(chosen)} prompts.")
     say.append(f"GPT {cfg.gpt}, seed {cfg.seed}; {sample.described(options)}. Shares with Wilson's 95% intervals, "
-               "means ± 1.96 standard errors, Fréchet distances ± 1.96 standard deviations over resamplings; n counts "
-               "pictures, for diversity prompts.")
+               "means ± 1.96 standard errors, Fréchet distances ± 1.96 standard deviations over resamplings; "
+               "n counts pictures, for diversity prompts.")
     print(markdown := "\n".join([report(table, toy), *say]), flush=True)
     with whole(Path(cfg.out, "match.md")) as f:
         f.write_text(markdown + "\n")
