@@ -115,6 +115,14 @@ def peak(kind, machine, dtype):
     return best
 
 
+def beside(kind, machine, dtype, work):
+    """What `work` returns, and the mean of the peak just before it and just after: a shared machine is not equally fast
+    all the time."""
+    before = peak(kind, machine, dtype)
+    done = work()
+    return done, (before + peak(kind, machine, dtype)) / 2
+
+
 def limits(cfg):
     """What the machine can do: products and convolutions (FLOP/s, by dtype), reading memory (bytes/s)."""
     machine, rows = Machine(cfg.device, cfg.dtype), []
@@ -145,18 +153,20 @@ def sample(cfg, limit):
     for p in gpt.parameters():
         p.normal_(std=0.02)
     numbers = sum(m.weight.numel() for m in gpt.modules() if isinstance(m, torch.nn.Linear) and m is not gpt.cond_proj)
-    for b in (1, cfg.batch):  # without a cache: 8 lengths, each for an eighth of the positions
-        cond, plain[b] = torch.randn(b, 512, device=machine.device), 0
-        before = peak("products", machine, machine.dtype)
+
+    def uncached():  # seconds of all positions: 8 lengths, each for an eighth of them
+        cond, seconds = torch.randn(b, 512, device=machine.device), 0
         for length in range(t // 16, t, t // 8):
             begun = time.perf_counter()
             with machine.autocast():
                 gpt(cond, torch.zeros(b, length, dtype=torch.long, device=machine.device))[:, -1].argmax(-1)
             wait(machine)
-            plain[b] += (time.perf_counter() - begun) * t / 8
+            seconds += (time.perf_counter() - begun) * t / 8
+        return seconds
+    for b in (1, cfg.batch):
+        plain[b], most = beside("products", machine, machine.dtype, uncached)
         rows.append(row(f"sampling, no cache, batch {b}, {limit['dtype']}", b * t / plain[b], "tokens/s",
-                        (before + peak("products", machine, machine.dtype)) / 2 / (numbers * t),
-                        "the peak of products", memory(machine)))  # 2 FLOPs a weight, t/2 tokens on average
+                        most / (numbers * t), "the peak of products", memory(machine)))  # 2 FLOPs a weight, t/2 tokens
     dtype = sampling_dtype(cfg, machine)
     layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
     half = str(dtype)[6:]
@@ -196,12 +206,17 @@ def timed(gpt, cond, uniform, guidance, machine, products, every):
     for layer, x in products:  # lays the weights out for so many rows
         layer(x)
 
-    def watched(*args):
-        nonlocal calls, begun, logits
+    def ended():
+        nonlocal begun
         wait(machine)
         if begun:
             seconds.append(time.perf_counter() - begun)
-        begun, calls = None, calls + 1
+        begun = None
+
+    def watched(*args):
+        nonlocal calls, begun, logits
+        ended()
+        calls += 1
         if (calls - 1) % every:
             return logits
         if len(seconds) % 8 == 0:
@@ -219,9 +234,7 @@ def timed(gpt, cond, uniform, guidance, machine, products, every):
         return logits
     gpt.run = watched
     gpt.generate(cond, uniform, guidance)
-    wait(machine)
-    if begun:
-        seconds.append(time.perf_counter() - begun)
+    ended()
     gpt.run = run
     return seconds, sum(bare) / len(bare)
 
@@ -263,14 +276,11 @@ def call(script, cfg, pattern, **options):
 
 
 def train(what, script, cfg, limit, kind, flops, count, unit, **options):
-    """Rows of a trainer's real step, by --dry_run; `flops` are those of one of the `count` tokens or pictures in it.
-    The peak is the mean of just before and just after, for a shared machine is not equally fast all the time."""
+    """Rows of a trainer's real step, by --dry_run; `flops` are those of one of the `count` tokens or pictures in it."""
     machine, dtype, rows = Machine(cfg.device, limit["dtype"]), getattr(torch, limit["dtype"]), []
     for compiled, name in kinds(cfg, limit):
-        before = peak(kind, machine, dtype)
-        gib, rate = call(script, cfg, r"run: (\S+) GiB at most, (\S+) steps/s", dry_run=True, compile=compiled,
-                         **options)
-        most = (before + peak(kind, machine, dtype)) / 2
+        (gib, rate), most = beside(kind, machine, dtype, lambda: call(
+            script, cfg, r"run: (\S+) GiB at most, (\S+) steps/s", dry_run=True, compile=compiled, **options))
         rows.append(row(f"{what}, {limit['dtype']}{name}", rate * count, unit, most / flops, f"the peak of {kind}", gib)
                     | {"step": 1 / rate})
     return rows
@@ -336,21 +346,22 @@ def prepares(cfg, limit):
     c = prepare.Config(data=str(source.data), val_percent=0.0, chunk=max(1, len(source.names) // (8 * workers)))
     (net, _, vcfg), clip = load_vqgan(data / "toy.vqgan", machine.device), load_clip(data / "toy.clip", machine.device)
     apart = prepare.computes_apart(machine)
-    chunks = prepare.Chunks(source, source.names, c, vcfg.image_size, clip.size, c.crops,
-                            (lambda *crops: (0, 0)) if apart else None)  # pixels leave a worker beside a GPU only
+
+    def chunks(networks):
+        return prepare.Chunks(source, source.names, c, vcfg.image_size, clip.size, c.crops, networks)
+    decoding = chunks((lambda *crops: (0, 0)) if apart else None)  # pixels leave a worker beside a GPU only
 
     def seconds(items, n):
         begun = time.time()
         for _ in prepare.loader(items, range(n), workers):
             pass
         return time.time() - begun
-    before = seconds(chunks, len(chunks))
+    before = seconds(decoding, len(decoding))
     rate, = call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / "prepared", val_percent=0,
                  chunk=c.chunk, vqgan=data / "toy.vqgan", clip=data / "toy.clip")
     largest = memory(machine, resource.RUSAGE_CHILDREN) if machine.device.type == "cpu" else None
-    decoded = 2 * len(source.names) / (before + seconds(chunks, len(chunks)))
-    chunks.networks = None
-    _, *crops, _ = chunks[0]
+    decoded = 2 * len(source.names) / (before + seconds(decoding, len(decoding)))
+    _, *crops, _ = chunks(None)[0]
     if apart:
         torch.set_num_threads(1)
     again = Again(lambda *x: prepare.rows_of(*x, net, clip, machine), crops, 8 * workers)

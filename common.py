@@ -279,38 +279,45 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}  # matrices of one shape go through the iteration together
+            alike = {}  # matrices of one shape lie in one stack
             for p in (p for p in group["params"] if p.grad is not None):
                 alike.setdefault((p.shape[0], p[0].numel()), []).append(p)
-            for (rows, columns), some in alike.items():
-                step = torch.empty(len(some), rows, columns, device=some[0].device)
-                for p, x in zip(some, step):
+            stacks = [torch.empty(len(some), *shape, device=some[0].device) for shape, some in alike.items()]
+            for some, stack in zip(alike.values(), stacks):
+                for p, x in zip(some, stack):
                     g = p.grad.movedim(1, -1).flatten(1)                                 # no copy if channels-last
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(g)
                     momentum = self.state[p]["momentum"].lerp_(g, 1 - group["momentum"])
                     torch.lerp(g, momentum, group["momentum"], out=x)                    # Nesterov's
-                for p, x in zip(some, orthogonal(step)):
-                    shape = (p.shape[0], *p.shape[2:], p.shape[1])
-                    p.add_(x.view(shape).movedim(-1, 1), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+            for (shape, some), stack in zip(alike.items(), orthogonal(stacks)):
+                for p, x in zip(some, stack):
+                    x = x.view(p.shape[0], *p.shape[2:], p.shape[1]).movedim(-1, 1)
+                    p.add_(x, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
-def orthogonal(x, steps=5):
-    """Matrices (n, rows, columns) -> about the nearest orthogonal ones, by Newton-Schulz: x <- p(x xT) x with a
-    polynomial p that pushes all singular values towards 1. The polynomials commute with x xT, so they are multiplied up
-    on that small square side, and the long one is passed over twice in all instead of twice a step."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT, steps).mT.contiguous()
-    x, eye = x.float(), torch.eye(x.shape[1], device=x.device)
-    a = x @ x.mT                                                                         # (n, rows, rows)
-    scale = 1 / (a.diagonal(dim1=1, dim2=2).sum(1).sqrt() + 1e-7)[:, None, None]         # 1 / norm of x, (n, 1, 1)
-    a = a * scale ** 2
-    for i in range(steps):
-        p = torch.baddbmm(3.4445 * eye - 4.7750 * a, a, a, alpha=2.0315)
-        product = p @ product if i else p * scale
-        if i < steps - 1:
-            a = p @ a @ p
-    return product @ x
+def orthogonal(stacks, steps=3):
+    """Stacks of matrices, each (n, rows, columns) -> about the nearest orthogonal, by Newton-Schulz: x <- p(x xT) x
+    with a polynomial p that pushes all singular values towards 1. The polynomials commute with x xT, so they are
+    multiplied up on that small square side, those of all matrices with one such side together, and the long one is
+    passed over twice in all. The start is x / |x xT|^1/2, whose largest singular value is nearer to 1 than that of
+    Muon's x / |x|: three steps do what five did."""
+    stacks = [x.float() for x in stacks]
+    wide = [x.mT if x.shape[1] > x.shape[2] else x for x in stacks]
+    done = [None] * len(wide)
+    for side in {x.shape[1] for x in wide}:
+        some = [i for i, x in enumerate(wide) if x.shape[1] == side]
+        a, eye = torch.cat([wide[i] @ wide[i].mT for i in some]), torch.eye(side, device=wide[0].device)  # (n, s, s)
+        scale = 1 / (torch.linalg.matrix_norm(a, keepdim=True).sqrt() + 1e-7)            # (n, 1, 1)
+        a = a * scale ** 2
+        for i in range(steps):
+            p = torch.baddbmm(3.4445 * eye - 4.7750 * a, a, a, alpha=2.0315)
+            product = p @ product if i else p * scale
+            if i < steps - 1:
+                a = p @ a @ p
+        for i, p in zip(some, product.split([len(wide[i]) for i in some])):
+            done[i] = p @ wide[i] if wide[i] is stacks[i] else stacks[i] @ p
+    return done
 
 
 def learning_rate(step, peak, warmup, max_steps):
@@ -802,7 +809,9 @@ class Clip:
 
     def normalize(self, pixels):
         """Pictures (B, 3, C, C) in [0, 1] -> what the network expects."""
-        mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (MEAN, STD))
+        # laid out as one picture, for in channels-last (3, 1, 1) would be taken three numbers at a time
+        mean, std = (torch.zeros_like(pixels[:1]) + torch.tensor(x, device=pixels.device).view(3, 1, 1)
+                     for x in (MEAN, STD))
         return (pixels - mean) / std
 
     def image(self, pixels):

@@ -365,17 +365,19 @@ def test_learning_rate_curve():
     assert lr[0] == 0.1 and lr[9] == lr[10] == 1.0 and lr[55] == pytest.approx(0.5) and lr[100] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("rows, columns", [(5, 30), (30, 5), (16, 16)])
-def test_orthogonal_is_newton_schulz(rows, columns):
-    """The batched form on the small side gives what five plain steps in float64 give."""
-    x = some(3, rows, columns)
-    y = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
-    for _ in range(5):
-        a = y @ y.mT
-        y = 3.4445 * y - 4.7750 * a @ y + 2.0315 * a @ a @ y
-    assert (common.orthogonal(x) - y).abs().max() < 1e-4
-    singular = torch.linalg.svdvals(common.orthogonal(x))
-    assert singular.max() < 1.3 and singular.median() > 0.6
+def test_orthogonal_is_newton_schulz():
+    """On the small side, all matrices of one such side together, it gives what plain steps in float64 give."""
+    stacks = [some(n, *shape) for n, shape in ((3, (5, 30)), (1, (30, 5)), (2, (16, 16)), (1, (16, 40)))]
+    found = common.orthogonal(stacks)
+    assert [x.shape for x in found] == [x.shape for x in stacks]
+    for x, z in zip(stacks, found):
+        y = x.double() / (x.double() @ x.double().mT).norm(dim=(1, 2), keepdim=True).sqrt()
+        for _ in range(3):
+            a = y @ y.mT
+            y = 3.4445 * y - 4.7750 * a @ y + 2.0315 * a @ a @ y
+        assert (z - y).abs().max() < 1e-4
+        singular = torch.linalg.svdvals(z)
+        assert singular.max() < 1.3 and singular.median() > 0.6
 
 
 def test_frechet_distance_by_hand():
@@ -529,6 +531,9 @@ def test_perceptual_distance_is_that_of_unit_features():
              for x, y, d in zip(a, b, (1, 2))]
     assert vqgan.perceptual_distance(a, b).item() == pytest.approx((sum(plain) / 2).item(), rel=1e-5)
     assert abs(vqgan.perceptual_distance(a, a).item()) < 1e-6
+    dark = [torch.zeros_like(x, requires_grad=True) for x in b]  # as behind a ReLU
+    vqgan.perceptual_distance(a, dark).backward()
+    assert all(x.grad.isfinite().all() for x in dark)
 
 
 @pytest.mark.parametrize("what", ["truncated", "edited", "meta"])

@@ -41,8 +41,8 @@ class Config:
     workers: AutoWhole = None           # decoding processes (auto: none on a CPU, whose cores are busy; 4 beside a GPU)
     # network
     patch: Count = 4                    # fold patch x patch pixels into channels first: 1 is taming's, 4 is 16x cheaper
-    ch: Count = 32                      # width of the first level, a multiple of groups
-    ch_mult: tuple = (1, 2, 4)          # widths of the levels, halving the grid between two
+    ch: Count = 48                      # width of the first level, a multiple of groups
+    ch_mult: tuple = (1, 1, 2)          # widths of the levels, halving the grid between two
     num_res_blocks: Count = 1           # residual blocks a level
     attn_resolutions: tuple = ()        # grid sides that get attention, beside the one block in the middle
     groups: Count = 8                   # of GroupNorm; 32 from --ch=128 on
@@ -129,6 +129,7 @@ def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
     else:
         blocks = visual.transformer.resblocks
         layers = [blocks[round(d * len(blocks)) - 1] for d in depths]
+    visual.to(memory_format=torch.channels_last)
     taken = []
     for layer in layers:
         layer.register_forward_hook(lambda module, inputs, output: taken.append(output))
@@ -143,8 +144,12 @@ def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
 def perceptual_distance(real, fake):
     """Mean squared distance between feature maps at unit length along their channels, averaged over the maps (LPIPS,
     Zhang et al. 2018, with CLIP in place of VGG). Between unit vectors that is 2 - 2 cosine."""
-    return sum(2 - 2 * F.cosine_similarity(a.float(), b.float(), 1 if a.dim() == 4 else -1).mean()
-               for a, b in zip(real, fake)) / len(real)
+    total = 0
+    for a, b in zip(real, fake):
+        dim, a, b = 1 if a.dim() == 4 else -1, a.float(), b.float()
+        cosine = (F.normalize(a, dim=dim) * b).sum(dim) / b.square().sum(dim).clamp(min=1e-16).sqrt()
+        total = total + 2 - 2 * cosine.mean()
+    return total / len(real)
 
 
 def main():
