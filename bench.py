@@ -166,7 +166,8 @@ def sample(cfg, limit):
     for b in (1, cfg.batch):
         plain[b], most = beside("products", machine, machine.dtype, uncached)
         rows.append(row(f"sampling, no cache, batch {b}, {limit['dtype']}", b * t / plain[b], "tokens/s",
-                        most / (numbers * t), "the peak of products", memory(machine)))  # 2 FLOPs a weight, t/2 tokens
+                        most / (numbers * t),  # 2 FLOPs a weight, t/2 tokens on average
+                        "the peak of products", memory(machine)))
     dtype = sampling_dtype(cfg, machine)
     layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
     half = str(dtype)[6:]
