@@ -43,7 +43,7 @@ ONE = types.SimpleNamespace(world=1)
 @dataclass
 class Config:
     parts: str = "sample,gpt,vqgan,prepare,batches"  # which, separated by commas
-    out: str = "out/bench"              # bench.json; and data/, which is made anew
+    out: str = "out/bench"              # bench.json; and bench_data/, which is made anew
     n_layer: Count = 24                 # the large GPT's blocks
     n_head: Count = 16                  # heads
     n_embd: Count = 1024                # width
@@ -154,14 +154,15 @@ def sample(cfg, limit):
         p.normal_(std=0.02)
     numbers = sum(m.weight.numel() for m in gpt.modules() if isinstance(m, torch.nn.Linear) and m is not gpt.cond_proj)
 
-    def uncached():  # seconds of all positions: 8 lengths, each for an eighth of them
+    def uncached():  # seconds of all positions: 8 lengths (of odd grids 9 or so), each for its share of them
         cond, seconds = torch.randn(b, 512, device=machine.device), 0
-        for length in range(t // 16, t, t // 8):
+        lengths = range(t // 16, t, t // 8)
+        for length in lengths:
             begun = time.perf_counter()
             with machine.autocast():
                 gpt(cond, torch.zeros(b, length, dtype=torch.long, device=machine.device))[:, -1].argmax(-1)
             wait(machine)
-            seconds += (time.perf_counter() - begun) * t / 8
+            seconds += (time.perf_counter() - begun) * t / len(lengths)
         return seconds
     for b in (1, cfg.batch):
         plain[b], most = beside("products", machine, machine.dtype, uncached)
@@ -241,11 +242,15 @@ def timed(gpt, cond, uniform, guidance, machine, products, every):
 
 
 def make_data(cfg):
-    """Pictures and untrained networks for the real scripts to work on, in out/bench/data."""
-    data, rng = Path(cfg.out, "data"), np.random.default_rng(0)
-    shutil.rmtree(data, ignore_errors=True)
+    """Pictures and untrained networks for the real scripts to work on, in out/bench/bench_data."""
+    data, rng = Path(cfg.out, "bench_data"), np.random.default_rng(0)
+    shutil.rmtree(data, ignore_errors=True)  # of a name that nothing else has, whatever --out is
+    try:
+        data.mkdir(parents=True)
+    except OSError as e:
+        fail(f"could not write in {cfg.out}: {e.strerror}")
     for folder, n in (("jpegs", cfg.jpegs), ("few", 64)):
-        (data / folder).mkdir(parents=True)
+        (data / folder).mkdir()
         for i in range(n):
             file = data / folder / f"{i:05d}.jpg"
             if i < 256:
@@ -289,7 +294,7 @@ def train(what, script, cfg, limit, kind, flops, count, unit, **options):
 
 def gpts(cfg, limit):
     """train_gpt.py at the large size and the demo's. FLOPs of a token: 6 a weight, and causal attention's."""
-    data, rows = Path(cfg.out, "data"), []
+    data, rows = Path(cfg.out, "bench_data"), []
     n = cfg.rows or (64 if limit["device"] == "cuda" else 4 if limit["dtype"] == "bfloat16" else 2)
     large = GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)
     for name, b, steps, muon, shape in (("cheap", n, cfg.steps, False, large),  # by AdamW, as the presets
@@ -307,7 +312,7 @@ def gpts(cfg, limit):
 def vqgans(cfg, limit):
     """vqgan.py at f=16 with its discriminator, and the demo's without. FLOPs of a picture: the VQGAN's forward pass 3
     times, CLIP's 3 (two forward, one back to the pixels), the discriminator's 7 (two forward, one back, twice two)."""
-    data, rows = Path(cfg.out, "data"), []
+    data, rows = Path(cfg.out, "bench_data"), []
     n = cfg.pictures or (32 if limit["device"] == "cuda" else 8 if limit["dtype"] == "bfloat16" else 2)
     large = vqgan.F16 | {"image_size": cfg.pixels, "disc_start": 0, "batch_size": n, "max_steps": cfg.steps}
     for name, pictures, options in (("vit", "jpegs", large), ("toy", "train", {"max_steps": 20})):
@@ -342,7 +347,7 @@ class Again(torch.utils.data.Dataset):
 
 def prepares(cfg, limit):
     """prepare.py with the demo's networks, beside its decoding alone and its networks alone, each as it does them."""
-    data, machine = Path(cfg.out, "data"), Machine(cfg.device, cfg.dtype, training=False)
+    data, machine = Path(cfg.out, "bench_data"), Machine(cfg.device, cfg.dtype, training=False)
     source, workers = Pictures(cfg.photos or str(data / "jpegs")), prepare.workers_for(machine)
     c = prepare.Config(data=str(source.data), val_percent=0.0, chunk=max(1, len(source.names) // (8 * workers)))
     (net, _, vcfg), clip = load_vqgan(data / "toy.vqgan", machine.device), load_clip(data / "toy.clip", machine.device)
@@ -362,7 +367,7 @@ def prepares(cfg, limit):
                  chunk=c.chunk, vqgan=data / "toy.vqgan", clip=data / "toy.clip")
     largest = memory(machine, resource.RUSAGE_CHILDREN) if machine.device.type == "cpu" else None
     decoded = 2 * len(source.names) / (before + seconds(decoding, len(decoding)))
-    _, *crops, _ = chunks(None)[0]
+    crops = next(crops for _, *crops, _ in map(chunks(None).__getitem__, range(len(decoding))) if len(crops[0]))
     if apart:
         torch.set_num_threads(1)
     again = Again(lambda *x: prepare.rows_of(*x, net, clip, machine), crops, 8 * workers)
@@ -380,7 +385,7 @@ def prepares(cfg, limit):
 def batches(cfg, step):
     """make_batches on rows that are dropped from the page cache first; asleep for as long as a training step between
     two, while the disk fetches the next. `step`: seconds of the demo's GPT step."""
-    data, rng, arrays = Path(cfg.out, "data"), np.random.default_rng(0), []
+    data, rng, arrays = Path(cfg.out, "bench_data"), np.random.default_rng(0), []
     n, b = cfg.mib * 2 ** 20 // 1536, 128
     for name, width, dtype in (("cold_tokens", 256, np.uint16), ("cold_clip", 512, np.float16)):
         with open(data / name, "wb") as f:
@@ -410,6 +415,8 @@ def main():
     begun, unknown = time.time(), set(cfg.parts.split(",")) - {"sample", "gpt", "vqgan", "prepare", "batches"}
     if unknown:
         fail(f"--parts={cfg.parts}: there is no part {sorted(unknown)[0]}; there are {Config.parts}")
+    if cfg.n_embd % cfg.n_head or cfg.grid < 4:
+        fail("--n_embd must be a multiple of --n_head, and --grid 4 or more")
 
     how = "fork" if sys.platform == "linux" else "spawn"  # nothing has been computed here that a fork could carry over
 
@@ -417,8 +424,8 @@ def main():
         interruptible = signal.signal, (signal.SIGINT, signal.default_int_handler)  # which a fork here is not otherwise
         with ProcessPoolExecutor(1, multiprocessing.get_context(how), *interruptible) as pool:
             return pool.submit(part, cfg, *args).result()
-    limit, rows = apart(limits)
     apart(make_data)
+    limit, rows = apart(limits)
     step = 0.1
     for part, work in (("sample", sample), ("gpt", gpts), ("vqgan", vqgans), ("prepare", prepares)):
         if part in cfg.parts.split(","):

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -43,7 +44,7 @@ from model import GPT, GPTConfig, VQGAN, VQGANConfig, cpu_has_bfloat16
 
 Count = typing.Annotated[int, 1, 2 ** 63 - 1]     # the ranges an option's value must lie in, both ends included
 Whole = typing.Annotated[int, 0, 2 ** 63 - 1]
-Amount = typing.Annotated[float, 0, math.inf]
+Amount = typing.Annotated[float, 0, 1e6]          # more would overflow somewhere
 Share = typing.Annotated[float, 0, 1]
 Zoom = typing.Annotated[float, 0.1, 1]
 AutoCount, AutoWhole = typing.Optional[Count], typing.Optional[Whole]      # None is written auto
@@ -102,7 +103,7 @@ def parse(text, hint):
         raise ValueError("one of " + ", ".join(options))
     if hint in (int, float) and not low <= value <= high or hint is float and not math.isfinite(value):
         kind = "a whole number" if hint is int else "a number"
-        raise ValueError(f"{kind} of {low} or more" if high > 2 ** 60 else f"{kind} from {low} to {high}")
+        raise ValueError(f"{kind} of {low} or more" if high > 2 ** 60 else f"{kind} from {low:g} to {high:g}")
     return value == "True" if options == ("True", "False") else value
 
 
@@ -128,7 +129,7 @@ def configure(Config, argv=None, presets={}):
         for name, options in presets.items():
             print(f"\n--preset={name} stands for " + " ".join(f"--{k}={show(v)}" for k, v in options.items()))
         sys.exit(0)
-    for arg in argv:
+    for arg, after in zip(argv, [*argv[1:], "--"]):
         if not arg.startswith("--"):
             words.append(arg)
             continue
@@ -137,7 +138,8 @@ def configure(Config, argv=None, presets={}):
             near = difflib.get_close_matches(name, fields, 1, 0) or list(fields)
             fail(f"there is no option --{name[:60]}; the nearest is --{near[0]}, and --help lists them all")
         if not equals:
-            fail(f"--{name} needs a value, written --{name}={show(fields[name].default)}")
+            wanted = show(fields[name].default) if after.startswith("--") else after[:60]
+            fail(f"--{name} needs a value, written --{name}={wanted}")
         try:
             values[name] = parse(text, hints[name])
         except ValueError as e:
@@ -600,9 +602,9 @@ class Run:
         every step stands there once."""
         if self.dry:
             self.ends.append(time.perf_counter())
-            if len(self.ends) > 7:  # and five seconds by any rank's clock, so that all end at the same step
-                long = torch.tensor(float(self.ends[-1] - self.ends[2] > 5), device=self.machine.device)
-                if self.machine.sum(long):
+            if len(self.ends) > 3:  # three steps that took a minute, or seven and five seconds
+                enough = self.ends[-1] - self.ends[0] > 60 or len(self.ends) > 7 and self.ends[-1] - self.ends[2] > 5
+                if self.machine.sum(torch.tensor(float(enough), device=self.machine.device)):  # so by any rank's clock
                     self.report()
         if self.machine.rank > 0 or self.dry:
             return
@@ -651,7 +653,8 @@ class Run:
             with whole(self.path) as f:
                 torch.save(contents | {"digest": digest(contents)}, f)
         if self.stopping:
-            self.machine.say(f"saved {self.path} at step {step}; the same command goes on from there")
+            self.machine.say("nothing was written" if self.dry else
+                             f"saved {self.path} at step {step}; the same command goes on from there")
             sys.exit(130)
 
     def finish(self):
@@ -836,8 +839,7 @@ class Pictures:
             shards = sorted(f for f in files if f.suffix.lower() == ".tar")
             self.names = [f.relative_to(data).as_posix() for f in files if f.suffix.lower() in SUFFIXES]
         else:
-            shards, self.names = sorted(Path().glob(data) if not self.data.is_absolute() else
-                                        Path("/").glob(str(self.data)[1:])), []
+            shards, self.names = [self.data] if self.data.is_file() else sorted(map(Path, glob.glob(str(data)))), []
             if not shards:
                 fail(f"there is no folder or .tar {data}; --data takes a folder of pictures, or tar shards of them")
         root = os.path.commonpath([s.parent for s in shards]) if shards else ""
@@ -866,8 +868,8 @@ class Pictures:
                 picture = open_picture(io.BytesIO(f.read(min(length, 1 << 30))))
         else:
             picture = open_picture(self.data / name)
-        if min(picture.size) * 4 < size or max(picture.size) > 100 * min(picture.size):
-            raise ValueError(f"{picture.width} x {picture.height} pixels are too few or too thin for {size}")
+        if min(picture.size) * 4 < size:
+            raise ValueError(f"{picture.width} x {picture.height} pixels are too few for {size}")
         return picture
 
 
@@ -899,6 +901,8 @@ def open_picture(path):
         with Image.open(path) as im:
             if im.width * im.height > 100_000_000:
                 raise ValueError(f"{im.width} x {im.height} pixels are too many")
+            if max(im.size) > 100 * min(im.size):
+                raise ValueError(f"{im.width} x {im.height} pixels are too thin")
             ImageOps.exif_transpose(im, in_place=True)
             if im.mode.startswith("I;16") or im.mode == "I":
                 im = Image.fromarray((np.asarray(im).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))

@@ -416,9 +416,10 @@ def main():
         source = Pictures(cfg.data)
         train, held = (centre_crops(source, names, vqgan.cfg.image_size, 2000)
                        for names in split_names(source.names, 10.0))
-        if min(len(train), len(held)) < 4:
-            fail(f"{cfg.data} has {len(train)} + {len(held)} pictures that can be read, too few to compare with")
         judge, wanted, groups, rows, train_rows = None, None, range(len(held)), None, None
+
+    if min(len(train), len(held)) < 4:
+        fail(f"{cfg.data} has {len(train)} + {len(held)} pictures that can be read, too few to compare with")
 
     def features(pictures):
         if toy:

@@ -604,7 +604,7 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     Only the top_k likeliest codes, and of those the fewest that hold top_p of the mass (nucleus sampling, Holtzman et
     al. 2020), can be chosen. No synchronisation with the host.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # less would overflow
         return logits.argmax(-1)
     k, codes = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1], None
     if k < logits.shape[-1] or top_p < 1:

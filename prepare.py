@@ -90,7 +90,7 @@ class Chunks(torch.utils.data.Dataset):
             try:
                 picture = self.source.open(name, self.size)
             except (OSError, ValueError) as e:
-                skipped.append([name, " ".join(str(e).replace(self.cfg.data, "").split())[:200]])
+                skipped.append([name, " ".join(str(e).replace(str(self.source.data / name), name).split())[:200]])
                 continue
             for j in range(self.crops):
                 zoom, x, y, flip = np.random.default_rng((self.cfg.seed, i, j)).random(4)

@@ -145,7 +145,8 @@ def main():
     n, count = options["n"], max(options["n"], options["candidates"])
     if cfg.image and cfg.variety is None:
         options["variety"] = 0.0  # a picture leaves nothing open that its copies could differ in
-    machine.say(f"{len(cfg.prompts) or 1} x {count} pictures of {gpt.cfg.grid ** 2} tokens, {n} of each to {cfg.out}; "
+    kept = f", the best {n} of each" if count > n else ""
+    machine.say(f"{len(cfg.prompts) or 1} x {count} pictures of {gpt.cfg.grid ** 2} tokens{kept} to {cfg.out}; "
                 + described(options))
 
     pictures, labels, begun, seconds = [], [], time.time(), 0.0

@@ -228,6 +228,7 @@ def test_pick_follows_the_probabilities_it_keeps():
     assert torch.allclose(shares(top_k=2), F.softmax(torch.tensor([-1e9, 3.0, 2.0, -1e9]), -1), atol=2e-4)
     assert torch.allclose(shares(top_p=0.7), F.softmax(torch.tensor([-1e9, 3.0, 2.0, -1e9]), -1), atol=2e-4)  # .65 < .7
     assert shares(top_p=0.5)[1] == 1 and shares(top_k=1)[1] == 1 and shares(temperature=0)[1] == 1
+    assert shares(temperature=1e-300)[1] == 1
     assert shares(top_p=0.0)[1] == 1  # the likeliest always stays
 
 
@@ -344,10 +345,10 @@ def test_config_line_types():
     ("--sise=3", "--size"), ("--size=0", "whole number"), ("--size=two", "whole number"), ("--size=2.5", "whole"),
     ("--rate=-1", "number"), ("--rate=nan", "number"), ("--rate=inf", "number"), ("--part=1.5", "from 0 to 1"),
     ("--flip=maybe", "True, False"), ("--widths=1,x", "whole number"), ("--dtype=int8", "bfloat16"),
-    ("--size", "--size=4"), ("--=3", "no option"), ("--prompts=3", "no option")])
+    ("--size", "--size=4"), ("--size 7", "--size=7"), ("--=3", "no option"), ("--prompts=3", "no option")])
 def test_config_line_refuses(arg, says, capsys):
     with pytest.raises(SystemExit) as e:
-        common.configure(Options, [arg])
+        common.configure(Options, arg.split())
     err = capsys.readouterr().err
     assert e.value.code == 2 and says in err and err.count("\n") == 1
 
@@ -1047,7 +1048,8 @@ def test_dump_rows_follow_the_sorted_sources(world):
     train = [n for n in names if not common.held_out(n, 10) and n != "broken.png"]
     val = [n for n in names if common.held_out(n, 10) and n != "broken.png"]
     assert meta["train_rows"] == 3 * len(train) and meta["val_rows"] == len(val) and "deeper/grey.jpg" in names
-    assert [x[0] for x in meta["skipped"]] == ["broken.png"] and meta["skipped_count"] == 1 and meta["skipped"][0][1]
+    assert [x[0] for x in meta["skipped"]] == ["broken.png"] and meta["skipped_count"] == 1
+    assert "'broken.png'" in meta["skipped"][0][1]
     network, digest, cfg = common.load_vqgan(d / "out/toy/vqgan.pt", "cpu")
     assert digest == meta["vqgan_sha256"] == common.digest(network.state_dict())
     clip = common.load_clip(d / "out/toy/clip.pt")
@@ -1326,6 +1328,13 @@ def test_a_polite_kill_saves_first(world, tmp_path):
     out = child.communicate(timeout=60)[0]
     step = torch.load(tmp_path / "gpt.ckpt", weights_only=True)["step"]
     assert child.returncode == 130 and f"at step {step}; the same command goes on" in out and step >= 1
+    child = subprocess.Popen([*args, "--dry_run=True"], cwd=world[0], stdout=subprocess.PIPE, text=True,
+                             env=os.environ | {"PYTHONPATH": str(HERE)})
+    while "knows nothing" not in child.stdout.readline():  # the last line before the steps
+        assert child.poll() is None
+    child.terminate()
+    out = child.communicate(timeout=60)[0]
+    assert child.returncode == 130 and "nothing was written" in out and "goes on" not in out
 
 
 def test_a_folder_in_use_is_refused(world, tmp_path):
@@ -1534,7 +1543,12 @@ BAD = [
     ("sample.py word --top_p=2", "from 0 to 1"), ("sample.py word --out=x.txt", ".png"),
     ("evaluate.py --data=empty", "no toy world"), ("evaluate.py --data=rotten --texts=nowhere.txt", "nowhere.txt"),
     ("toy.py --data=empty --out=out/x", "no toy world"),
-    ("toy.py --seed=5 --out=out/x", "seed"),
+    ("toy.py --seed=5 --out=out/x", "seed"), ("toy.py --batch_size=1 --out=out/x", "--batch_size"),
+    ("vqgan.py --data=shards/**.tar --out=out/x", "shards/**.tar"), ("vqgan.py --data=//nowhere --out=out/x", "nowhere"),
+    ("sample.py --image=thin.png", "too thin"), ("sample.py word --cfg=1e39", "from 0 to 1e+06"),
+    ("ablate.py --data=nowhere", "no toy world"), ("ablate.py --only=waltz", "waltz"),
+    ("ablate.py --dump=nowhere", "no dump in nowhere"), ("bench.py --n_embd=100", "--n_head"),
+    ("bench.py --grid=2", "--grid"), ("bench.py --out=thin.png", "thin.png"),
 ]
 
 
@@ -1545,6 +1559,7 @@ def bad_world(world):
     (d / "rotten").mkdir()
     for name in "abcdef":
         (d / f"rotten/{name}.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing of sense")
+    Image.new("L", (1, 1000)).save(d / "thin.png")
     (d / "other").mkdir()
     checkpoint = torch.load(d / "out/toy/vqgan.pt", weights_only=True)
     checkpoint["ema"] = {k: v + 0.01 for k, v in checkpoint["ema"].items()}
@@ -1706,6 +1721,15 @@ def test_bench_times_sampling_and_refuses_unknown_parts(tmp_path, capsys):
         assert rows[f"sampling, no cache, batch {b}, float32"]["rate"] > 0
     assert "sampling" in capsys.readouterr().out
     assert "there is no part dance" in command(HERE / "bench.py", "--parts=gpt,dance", cwd=tmp_path, ok=2).stderr
+
+
+def test_bench_makes_its_data_where_no_other_lies(tmp_path):
+    import bench
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine").write_text("precious")
+    for _ in range(2):
+        bench.make_data(bench.Config(out=str(tmp_path), jpegs=1))
+    assert (tmp_path / "data/mine").exists() and len(list(tmp_path.iterdir())) == 2
 
 
 @slow

@@ -197,8 +197,11 @@ def draw_world(cfg, run):
 
 def read_world(folder, *splits):
     """Drawings of these splits as uint8 (N, S, S, 3) and their rows of captions.tsv. For this stage and evaluation."""
-    with open(Path(folder) / "captions.tsv", newline="") as f:
-        rows = [row for row in csv.DictReader(f, delimiter="\t") if row["split"] in splits]
+    try:
+        with open(Path(folder) / "captions.tsv", newline="") as f:
+            rows = [row for row in csv.DictReader(f, delimiter="\t") if row["split"] in splits]
+    except OSError:
+        fail(f"{folder} is no toy world (no captions.tsv); draw one with toy.py")
     return np.stack([np.asarray(open_picture(Path(folder) / row["path"])) for row in rows]), rows
 
 
@@ -215,8 +218,8 @@ def zero_shot(clip, pictures, rows):
 
 def main():
     cfg = configure(Config)
-    if cfg.image_size < 32 or cfg.text_width % 64 or cfg.vision_width % 2:
-        fail("--image_size must be 32 or more, --text_width a multiple of 64, --vision_width of 2")
+    if cfg.image_size < 32 or cfg.text_width % 64 or cfg.vision_width % 2 or cfg.batch_size < 2:
+        fail("--image_size must be 32 or more, --batch_size 2, --text_width a multiple of 64, --vision_width of 2")
     machine = Machine(cfg.device, cfg.dtype)
     run = Run("toy", cfg, machine, {})
     machine.say(f"toy: {cfg.train_pictures} + {cfg.heldout_pictures} drawings of {cfg.image_size} px in {cfg.data}, "

@@ -247,7 +247,7 @@ def main():
                 torch._foreach_lerp_(list(ema.parameters()), params, 1 - min(cfg.ema, (step + 1) / (step + 10)))
         speed = (step + 1 - run.step) * cfg.batch_size * meta["tokens"] / (time.time() - begun)
         run.log(step=step + 1, loss=loss, grad_norm=norm.item(), lr=group["lr"], tokens_per_s=speed)
-        bar(loss=loss, of=know_nothing, tokens_per_s=speed)
+        bar(loss=loss, ln_K=know_nothing, tokens_per_s=speed)
 
         due = ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps) and not cfg.dry_run
         if due:
