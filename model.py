@@ -4,6 +4,8 @@ that writes such tokens behind one prefix token, a CLIP embedding. No files, no 
     pictures --Encoder--> z --Quantizer--> tokens --GPT learns p(tokens | CLIP embedding)
     tokens --Quantizer.lookup--> codes --Decoder--> pictures
 
+The layers at the end, Conv2d and PackedLinear, are torch's own, faster on a CPU: on a first reading leave them out.
+
 Letters in shape comments: B pictures, T tokens of one, K codes in the codebook, C width, D embedding size, H heads.
 """
 import math
@@ -43,56 +45,6 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x):
         return super().forward(x.float())
-
-
-class ConvolutionByColumns(torch.autograd.Function):
-    """A convolution whose weight learns by matrix products: the gradient of the outputs times the windows that they
-    were computed from, laid out as columns a thousand at a time, so that they stay in the cache."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding):
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_x = grad_weight = None
-        if wants_x:
-            grad_x, _, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, ctx.stride, ctx.padding, (1, 1),
-                                                               False, (0, 0), 1, (True, False, False))
-        if wants_weight:
-            grad_weight = weight_gradient(x, grad, weight.shape[2], ctx.stride[0], ctx.padding[0])
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if wants_bias else None, None, None
-
-
-def weight_gradient(x, grad, k, stride, padding):
-    """Input (B, C, H, W) and gradient of the output (B, O, h, w) -> gradient of the weight (O, C, k, k)."""
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0) + 4 * (padding,)).contiguous()                     # (B, H, W, C)
-    grad = grad.permute(0, 2, 3, 1).contiguous()                                               # (B, h, w, O)
-    (b, h, w, o), c, (picture, line, pixel, _) = grad.shape, x.shape[3], x.stride()
-    windows = x.as_strided((b, h, w, k, k * c), (picture, stride * line, stride * pixel, line, 1))
-    pictures, lines = max(1, 1024 // (h * w)), max(1, 1024 // w)
-    total = x.new_zeros(o, k * k * c)
-    for i in range(0, b, pictures):
-        for y in range(0, h, lines):
-            columns = windows[i:i + pictures, y:y + lines].reshape(-1, k * k * c)
-            total.addmm_(grad[i:i + pictures, y:y + lines].reshape(-1, o).T, columns)
-    return total.view(o, k, k, c).permute(0, 3, 1, 2)                                          # channels-last
-
-
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d (square, without groups or dilation), but on a CPU with AVX2 and no AVX-512 wide ones learn in float32
-    by products, 1.2-2.8x faster than by oneDNN's kernel for it there (`weight_gradient`, the same to rounding)."""
-
-    def forward(self, x):
-        if (min(self.in_channels, 2 * self.out_channels) >= 128 and x.device.type == "cpu" and x.dtype == torch.float32
-                and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-                and torch.backends.cpu.get_cpu_capability() == "AVX2"):
-            return ConvolutionByColumns.apply(x, self.weight, self.bias, self.stride, self.padding)
-        return super().forward(x)
 
 
 class ResnetBlock(nn.Module):
@@ -388,56 +340,6 @@ class GeluLinear(nn.Linear):
         return F.gelu(super().forward(x))
 
 
-def cpu_has_bfloat16():
-    """Whether oneDNN computes in bfloat16 on this CPU. Where not, torch does, hundreds of times slower than float32."""
-    return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-class PackedLinear(nn.Module):
-    """A Linear that samples and never learns: weights cast to `dtype` once, where autocast would cast all of them anew
-    for every token, and for a CPU laid out once as oneDNN reads them fastest.
-
-    In bfloat16 that is its inner product's layout, where the CPU can compute in it. In float32 it is that of its 1x1
-    convolution over the rows, which reads up to twice as fast as its and MKL's products of a few rows, and where tried
-    gave a row the same bits whatever rows lay beside it. It depends on how many those are: another number of rows lays
-    the weights out anew."""
-
-    def __init__(self, linear, dtype):
-        super().__init__()
-        self.gelu, self.rows = isinstance(linear, GeluLinear), 0
-        weight, bias = linear.weight.detach().to(dtype), linear.bias
-        bias = None if bias is None else bias.detach().to(dtype)
-        mkldnn = weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-        if mkldnn and dtype == torch.float32:
-            self.layout, self.weight, self.bias = "convolution", weight, bias
-        elif mkldnn and dtype == torch.bfloat16 and cpu_has_bfloat16():
-            self.layout, self.weight, self.bias = "product", torch.ops.mkldnn._reorder_linear_weight(weight, 1), bias
-        else:  # as buffers, which torch.compile knows to stay where they are
-            self.layout = "plain"
-            self.register_buffer("weight", weight)
-            self.register_buffer("bias", bias)
-
-    def forward(self, x):
-        then, kind = ("gelu", "none") if self.gelu else ("none", "")  # GELU's kind "none" is the exact one
-        if self.layout == "product":
-            x = x.to(torch.bfloat16)
-            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, then, [], kind)
-        if self.layout == "convolution":
-            n, c = x.numel() // x.shape[-1], x.shape[-1]
-            if n != self.rows:
-                dense = self.weight.to_dense() if self.weight.is_mkldnn else self.weight[..., None, None]
-                self.weight = torch.ops.mkldnn._reorder_convolution_weight(dense, *ONE_BY_ONE, [1, c, 1, n])
-                self.rows = n
-            x, shape = x.reshape(1, 1, n, c).permute(0, 3, 1, 2), x.shape             # (1, C, 1, n), one line of pixels
-            y = torch.ops.mkldnn._convolution_pointwise.default(x, self.weight, self.bias, *ONE_BY_ONE, then, [], kind)
-            return y.permute(0, 2, 3, 1).reshape(*shape[:-1], -1)
-        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-        return F.gelu(y) if self.gelu else y
-
-
-ONE_BY_ONE = [0, 0], [1, 1], [1, 1], 1  # padding, stride, dilation and groups of a 1x1 convolution
-
-
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the stream."""
 
@@ -617,3 +519,106 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         mass = p.cumsum(-1)
     i = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=k - 1)              # (B, 1)
     return (i if codes is None else codes.gather(-1, i))[:, 0]
+
+
+# ----------------------------------------------------------------------------------- the same, faster on a CPU
+
+
+class ConvolutionByColumns(torch.autograd.Function):
+    """A convolution whose weight learns by matrix products: the gradient of the outputs times the windows that they
+    were computed from, laid out as columns a thousand at a time, so that they stay in the cache."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = None
+        if wants_x:
+            grad_x, _, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, ctx.stride, ctx.padding, (1, 1),
+                                                               False, (0, 0), 1, (True, False, False))
+        if wants_weight:
+            grad_weight = weight_gradient(x, grad, weight.shape[2], ctx.stride[0], ctx.padding[0])
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if wants_bias else None, None, None
+
+
+def weight_gradient(x, grad, k, stride, padding):
+    """Input (B, C, H, W) and gradient of the output (B, O, h, w) -> gradient of the weight (O, C, k, k)."""
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0) + 4 * (padding,)).contiguous()                     # (B, H, W, C)
+    grad = grad.permute(0, 2, 3, 1).contiguous()                                               # (B, h, w, O)
+    (b, h, w, o), c, (picture, line, pixel, _) = grad.shape, x.shape[3], x.stride()
+    windows = x.as_strided((b, h, w, k, k * c), (picture, stride * line, stride * pixel, line, 1))
+    pictures, lines = max(1, 1024 // (h * w)), max(1, 1024 // w)
+    total = x.new_zeros(o, k * k * c)
+    for i in range(0, b, pictures):
+        for y in range(0, h, lines):
+            columns = windows[i:i + pictures, y:y + lines].reshape(-1, k * k * c)
+            total.addmm_(grad[i:i + pictures, y:y + lines].reshape(-1, o).T, columns)
+    return total.view(o, k, k, c).permute(0, 3, 1, 2)                                          # channels-last
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d (square, without groups or dilation), but on a CPU with AVX2 and no AVX-512 wide ones learn in float32
+    by products, 1.2-2.8x faster than by oneDNN's kernel for it there (`weight_gradient`, the same to rounding)."""
+
+    def forward(self, x):
+        if (min(self.in_channels, 2 * self.out_channels) >= 128 and x.device.type == "cpu" and x.dtype == torch.float32
+                and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+                and torch.backends.cpu.get_cpu_capability() == "AVX2"):
+            return ConvolutionByColumns.apply(x, self.weight, self.bias, self.stride, self.padding)
+        return super().forward(x)
+
+
+def cpu_has_bfloat16():
+    """Whether oneDNN computes in bfloat16 on this CPU. Where not, torch does, hundreds of times slower than float32."""
+    return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class PackedLinear(nn.Module):
+    """A Linear that samples and never learns: weights cast to `dtype` once, where autocast would cast all of them anew
+    for every token, and for a CPU laid out once as oneDNN reads them fastest.
+
+    In bfloat16 that is its inner product's layout, where the CPU can compute in it. In float32 it is that of its 1x1
+    convolution over the rows, which reads up to twice as fast as its and MKL's products of a few rows, and where tried
+    gave a row the same bits whatever rows lay beside it. It depends on how many those are: another number of rows lays
+    the weights out anew."""
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        self.gelu, self.rows = isinstance(linear, GeluLinear), 0
+        weight, bias = linear.weight.detach().to(dtype), linear.bias
+        bias = None if bias is None else bias.detach().to(dtype)
+        mkldnn = weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+        if mkldnn and dtype == torch.float32:
+            self.layout, self.weight, self.bias = "convolution", weight, bias
+        elif mkldnn and dtype == torch.bfloat16 and cpu_has_bfloat16():
+            self.layout, self.weight, self.bias = "product", torch.ops.mkldnn._reorder_linear_weight(weight, 1), bias
+        else:  # as buffers, which torch.compile knows to stay where they are
+            self.layout = "plain"
+            self.register_buffer("weight", weight)
+            self.register_buffer("bias", bias)
+
+    def forward(self, x):
+        then, kind = ("gelu", "none") if self.gelu else ("none", "")  # GELU's kind "none" is the exact one
+        if self.layout == "product":
+            x = x.to(torch.bfloat16)
+            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, then, [], kind)
+        if self.layout == "convolution":
+            n, c = x.numel() // x.shape[-1], x.shape[-1]
+            if n != self.rows:
+                dense = self.weight.to_dense() if self.weight.is_mkldnn else self.weight[..., None, None]
+                self.weight = torch.ops.mkldnn._reorder_convolution_weight(dense, *ONE_BY_ONE, [1, c, 1, n])
+                self.rows = n
+            x, shape = x.reshape(1, 1, n, c).permute(0, 3, 1, 2), x.shape             # (1, C, 1, n), one line of pixels
+            y = torch.ops.mkldnn._convolution_pointwise.default(x, self.weight, self.bias, *ONE_BY_ONE, then, [], kind)
+            return y.permute(0, 2, 3, 1).reshape(*shape[:-1], -1)
+        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return F.gelu(y) if self.gelu else y
+
+
+ONE_BY_ONE = [0, 0], [1, 1], [1, 1], 1  # padding, stride, dilation and groups of a 1x1 convolution
