@@ -98,7 +98,7 @@ def shapes(name):
     elif name == "heart":
         yield ("c", [(.062 * 16 * math.sin(a) ** 3, -.06 * (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a)
                       - math.cos(4 * a)) - .08) for a in (2 * math.pi * i / 60 for i in range(60))])
-    elif name == "moon":
+    elif name == "moon":  # along the outer circle, and back along the one that cuts it
         yield ("c", circle(0, 0, .95, 40, .07, .61) + circle(.4, -.27, .77, 40, .705, -.665))
     elif name == "flower":
         yield ("k", box(-.06, .1, .06, 1))

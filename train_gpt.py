@@ -4,7 +4,8 @@ The GPT sees [embedding] t0 t1 t2 ... and predicts each next token: next-word pr
 picture and the first "word" is what CLIP sees in that picture. Trained on pictures alone, it is handed the embedding of
 a text when sampling. So that it forgives the difference, the embedding is centred and gets noise, part of it shaped
 like what a text leaves open; in a tenth of the rows it is withheld, which is what classifier-free guidance needs; and a
-tenth of the tokens read are wrong ones, so that the GPT trusts the embedding more than what it has just written."""
+tenth of the tokens read are wrong ones, so that the GPT trusts the embedding more than what it has just written. The
+loss itself is GPT.loss in model.py; make_batches says what one step is given."""
 import copy
 import json
 import math
