@@ -44,11 +44,12 @@ from model import GPT, GPTConfig, VQGAN, VQGANConfig, cpu_has_bfloat16
 
 Count = typing.Annotated[int, 1, 2 ** 63 - 1]     # the ranges an option's value must lie in, both ends included
 Whole = typing.Annotated[int, 0, 2 ** 63 - 1]
-Amount = typing.Annotated[float, 0, 1e6]          # more would overflow somewhere
+Amount = typing.Annotated[float, 0, math.inf]
 Share = typing.Annotated[float, 0, 1]
 Zoom = typing.Annotated[float, 0.1, 1]
 AutoCount, AutoWhole = typing.Optional[Count], typing.Optional[Whole]      # None is written auto
-AutoAmount, AutoShare, AutoBool = typing.Optional[Amount], typing.Optional[Share], typing.Optional[bool]
+AutoAmount = typing.Optional[typing.Annotated[float, 0, 1e6]]  # of sampling, where more would overflow
+AutoShare, AutoBool = typing.Optional[Share], typing.Optional[bool]
 Device = str
 Dtype = typing.Literal["auto", "float32", "bfloat16", "float16"]
 Compile = typing.Literal["auto", "True", "False"]
