@@ -101,14 +101,14 @@ def main():
     for part in parts:
         if not any(part in name for name in rows):
             fail(f"--only={cfg.only}: no row has '{part}' in its name; the rows are {', '.join(rows)}")
-    held, train = (read_world(cfg.data, split)[0] for split in ("heldout", "train"))
+    held = read_world(cfg.data, "heldout")[0]
     open_dump(cfg.dump)
     torch.set_num_threads(1)
     machine = Machine("cpu", "float32", training=False)
     clip = load_clip(f"{cfg.models}/clip.pt")
     judge = evaluate.get_judge(evaluate.Config(data=cfg.data, out=cfg.models), machine)
     held = evaluate.judge_features(judge, held, machine)
-    moved_mean = evaluate.shifted_mean(clip, 0.8, train[:2000])
+    moved_mean = evaluate.shifted_mean(clip, 0.8, read_world(cfg.data, "train")[0][:2000])
     rows = [k for k in rows if k == "reference" or not parts or any(part in k for part in parts)]
     chosen = {k: VARIANTS[k] for k in rows if k in VARIANTS}
     slug = {name: re.sub(r"\W+", "-", name).strip("-") for name in chosen}

@@ -31,13 +31,13 @@ import toy
 import train_gpt
 import vqgan
 from common import (AutoCount, Compile, Count, Device, Dtype, Machine, Pictures, clip_package, configure, digest, fail,
-                    load_clip, load_vqgan, write_json)
+                    load_clip, load_vqgan, lock, write_json)
 from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfig, cpu_has_bfloat16
 
 CLIPS = {"vit": (512, 224, 12, 768, 32, 77, 49408, 64, 1, 1),  # ViT-B/32 (its text side cut short), one that costs
          "cheap": (512, 32, (1, 1, 1, 1), 8, None, 24, 49408, 64, 1, 1),      # nothing, and the toy's
          "toy": (64, 64, (1, 1, 1, 1), 16, None, 24, 49408, 64, 1, 2)}
-ONE = types.SimpleNamespace(world=1)
+ONE = types.SimpleNamespace(rank=0, world=1)  # this process by itself
 
 
 @dataclass
@@ -60,6 +60,11 @@ class Config:
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # auto: trainers and prepare.py choose, sampling in bfloat16 if possible
     compile: Compile = "auto"           # auto: on CUDA with and without; True: with; False: without
+
+    @property
+    def data(self):
+        """The folder that is made anew, of a name that nothing else has, whatever --out is."""
+        return Path(self.out, "bench_data")
 
 
 def wait(machine):
@@ -242,15 +247,11 @@ def timed(gpt, cond, uniform, guidance, machine, products, every):
 
 
 def make_data(cfg):
-    """Pictures and untrained networks for the real scripts to work on, in out/bench/bench_data."""
-    data, rng = Path(cfg.out, "bench_data"), np.random.default_rng(0)
-    shutil.rmtree(data, ignore_errors=True)  # of a name that nothing else has, whatever --out is
-    try:
-        data.mkdir(parents=True)
-    except OSError as e:
-        fail(f"could not write in {cfg.out}: {e.strerror}")
+    """Pictures and untrained networks for the real scripts to work on, in cfg.data."""
+    data, rng = cfg.data, np.random.default_rng(0)
+    shutil.rmtree(data, ignore_errors=True)
     for folder, n in (("jpegs", cfg.jpegs), ("few", 64)):
-        (data / folder).mkdir()
+        (data / folder).mkdir(parents=True)
         for i in range(n):
             file = data / folder / f"{i:05d}.jpg"
             if i < 256:
@@ -294,7 +295,7 @@ def train(what, script, cfg, limit, kind, flops, count, unit, **options):
 
 def gpts(cfg, limit):
     """train_gpt.py at the large size and the demo's. FLOPs of a token: 6 a weight, and causal attention's."""
-    data, rows = Path(cfg.out, "bench_data"), []
+    data, rows = cfg.data, []
     n = cfg.rows or (64 if limit["device"] == "cuda" else 4 if limit["dtype"] == "bfloat16" else 2)
     large = GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)
     for name, b, steps, muon, shape in (("cheap", n, cfg.steps, False, large),  # by AdamW, as the presets
@@ -312,7 +313,7 @@ def gpts(cfg, limit):
 def vqgans(cfg, limit):
     """vqgan.py at f=16 with its discriminator, and the demo's without. FLOPs of a picture: the VQGAN's forward pass 3
     times, CLIP's 3 (two forward, one back to the pixels), the discriminator's 7 (two forward, one back, twice two)."""
-    data, rows = Path(cfg.out, "bench_data"), []
+    data, rows = cfg.data, []
     n = cfg.pictures or (32 if limit["device"] == "cuda" else 8 if limit["dtype"] == "bfloat16" else 2)
     large = vqgan.F16 | {"image_size": cfg.pixels, "disc_start": 0, "batch_size": n, "max_steps": cfg.steps}
     for name, pictures, options in (("vit", "jpegs", large), ("toy", "train", {"max_steps": 20})):
@@ -347,7 +348,7 @@ class Again(torch.utils.data.Dataset):
 
 def prepares(cfg, limit):
     """prepare.py with the demo's networks, beside its decoding alone and its networks alone, each as it does them."""
-    data, machine = Path(cfg.out, "bench_data"), Machine(cfg.device, cfg.dtype, training=False)
+    data, machine = cfg.data, Machine(cfg.device, cfg.dtype, training=False)
     source, workers = Pictures(cfg.photos or str(data / "jpegs")), prepare.workers_for(machine)
     c = prepare.Config(data=str(source.data), val_percent=0.0, chunk=max(1, len(source.names) // (8 * workers)))
     (net, _, vcfg), clip = load_vqgan(data / "toy.vqgan", machine.device), load_clip(data / "toy.clip", machine.device)
@@ -385,7 +386,7 @@ def prepares(cfg, limit):
 def batches(cfg, step):
     """make_batches on rows that are dropped from the page cache first; asleep for as long as a training step between
     two, while the disk fetches the next. `step`: seconds of the demo's GPT step."""
-    data, rng, arrays = Path(cfg.out, "bench_data"), np.random.default_rng(0), []
+    data, rng, arrays = cfg.data, np.random.default_rng(0), []
     n, b = cfg.mib * 2 ** 20 // 1536, 128
     for name, width, dtype in (("cold_tokens", 256, np.uint16), ("cold_clip", 512, np.float16)):
         with open(data / name, "wb") as f:
@@ -418,14 +419,15 @@ def main():
     if cfg.n_embd % cfg.n_head or cfg.grid < 4:
         fail("--n_embd must be a multiple of --n_head, and --grid 4 or more")
 
+    kept = lock(cfg.out, ONE)  # for as long as it is named: another bench.py would make the same data anew
     how = "fork" if sys.platform == "linux" else "spawn"  # nothing has been computed here that a fork could carry over
 
     def apart(part, *args):  # in a new process, whose memory is its own
         interruptible = signal.signal, (signal.SIGINT, signal.default_int_handler)  # which a fork here is not otherwise
         with ProcessPoolExecutor(1, multiprocessing.get_context(how), *interruptible) as pool:
             return pool.submit(part, cfg, *args).result()
-    apart(make_data)
     limit, rows = apart(limits)
+    apart(make_data)
     step = 0.1
     for part, work in (("sample", sample), ("gpt", gpts), ("vqgan", vqgans), ("prepare", prepares)):
         if part in cfg.parts.split(","):

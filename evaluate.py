@@ -399,7 +399,6 @@ def main():
     asked, cfg.controls = cfg.controls, toy and not gpt.cfg.classic if cfg.controls is None else cfg.controls
     if cfg.controls and gpt.cfg.classic:
         fail("--controls=True needs a GPT that is not classic, one that can do without its condition")
-    others = train_controls(cfg, clip, machine, asked) if cfg.controls else ()
     referee = load_clip(cfg.judge, machine.device, cfg.trust_jit) if cfg.judge else clip
     if toy:
         judge = get_judge(cfg, machine)
@@ -420,6 +419,7 @@ def main():
 
     if min(len(train), len(held)) < 4:
         fail(f"{cfg.data} has {len(train)} + {len(held)} pictures that can be read, too few to compare with")
+    others = train_controls(cfg, clip, machine, asked) if cfg.controls else ()
 
     def features(pictures):
         if toy:

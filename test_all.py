@@ -1318,18 +1318,19 @@ def test_slow_killed_at_random_moments(world, tmp_path, stage):
 
 
 def test_a_polite_kill_saves_first(world, tmp_path):
-    args = [sys.executable, str(HERE / "train_gpt.py"), *GPT_ARGS, "--max_steps=100000", "--eval_every=100000",
-            f"--out={tmp_path}"]
-    child = subprocess.Popen(args, cwd=world[0], stdout=subprocess.PIPE, text=True,
-                             env=os.environ | {"PYTHONPATH": str(HERE)})
+    def begun(*more):
+        args = [sys.executable, str(HERE / "train_gpt.py"), *GPT_ARGS, "--max_steps=100000", "--eval_every=100000",
+                f"--out={tmp_path}", *more]
+        return subprocess.Popen(args, cwd=world[0], stdout=subprocess.PIPE, text=True,
+                                env=os.environ | {"PYTHONPATH": str(HERE)})
+    child = begun()
     while not (tmp_path / "gpt.jsonl").exists():
         assert child.poll() is None
     child.terminate()
     out = child.communicate(timeout=60)[0]
     step = torch.load(tmp_path / "gpt.ckpt", weights_only=True)["step"]
     assert child.returncode == 130 and f"at step {step}; the same command goes on" in out and step >= 1
-    child = subprocess.Popen([*args, "--dry_run=True"], cwd=world[0], stdout=subprocess.PIPE, text=True,
-                             env=os.environ | {"PYTHONPATH": str(HERE)})
+    child = begun("--dry_run=True")
     while "knows nothing" not in child.stdout.readline():  # the last line before the steps
         assert child.poll() is None
     child.terminate()
@@ -1544,7 +1545,8 @@ BAD = [
     ("evaluate.py --data=empty", "no toy world"), ("evaluate.py --data=rotten --texts=nowhere.txt", "nowhere.txt"),
     ("toy.py --data=empty --out=out/x", "no toy world"),
     ("toy.py --seed=5 --out=out/x", "seed"), ("toy.py --batch_size=1 --out=out/x", "--batch_size"),
-    ("vqgan.py --data=shards/**.tar --out=out/x", "shards/**.tar"), ("vqgan.py --data=//nowhere --out=out/x", "nowhere"),
+    ("vqgan.py --data=shards/**.tar --out=out/x", "shards/**.tar"),
+    ("vqgan.py --data=//nowhere --out=out/x", "nowhere"),
     ("sample.py --image=thin.png", "too thin"), ("sample.py word --cfg=1e39", "from 0 to 1e+06"),
     ("ablate.py --data=nowhere", "no toy world"), ("ablate.py --only=waltz", "waltz"),
     ("ablate.py --dump=nowhere", "no dump in nowhere"), ("bench.py --n_embd=100", "--n_head"),
