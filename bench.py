@@ -53,7 +53,7 @@ class Config:
     rows: AutoCount = None              # rows of the large GPT's step (auto: 2 on a CPU, 4 in bfloat16, 64 on a GPU)
     pixels: Count = 128                 # side of the large VQGAN's pictures
     pictures: AutoCount = None          # pictures of its training step (auto: 2 on a CPU, 8 in bfloat16, 32 on a GPU)
-    steps: Count = 3                    # large training steps: two to warm up, or one of three, the others are timed
+    steps: AutoCount = None             # large training steps, of which one or two warm up (auto: 3, on a GPU 5 seconds)
     photos: str = ""                    # JPEGs to prepare, a folder or tar; empty: drawn, smooth noise of 320 x 240
     jpegs: Count = 1024                 # how many to draw
     mib: Count = 512                    # size of the dump that is read cold, from the disk
@@ -295,28 +295,28 @@ def train(what, script, cfg, limit, kind, flops, count, unit, **options):
 
 def gpts(cfg, limit):
     """train_gpt.py at the large size and the demo's. FLOPs of a token: 6 a weight, and causal attention's."""
-    data, rows = cfg.data, []
+    data, rows, steps = cfg.data, [], cfg.steps or (1000 if limit["device"] == "cuda" else 3)
     n = cfg.rows or (64 if limit["device"] == "cuda" else 4 if limit["dtype"] == "bfloat16" else 2)
     large = GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)
-    for name, b, steps, muon, shape in (("cheap", n, cfg.steps, False, large),  # by AdamW, as the presets
-                                        ("toy", 128, 40, True, GPTConfig(1024, 4, 64, 4, 6, 192))):
+    for name, b, most, muon, shape in (("cheap", n, steps, False, large),  # by AdamW, as the presets
+                                       ("toy", 128, max(40, steps), True, GPTConfig(1024, 4, 64, 4, 6, 192))):
         call("prepare.py", cfg, r"wrote (\d+) training", data=data / "few", out=data / f"{name}_rows",
              vqgan=data / f"{name}.vqgan", clip=data / f"{name}.clip", image_size=shape.grid * 16)
         c, t = shape.n_embd, shape.grid ** 2
         flops = 6 * (shape.n_layer * c * (12 * c + t) + shape.codes * c + shape.cond_dim * c / t)
         rows += train(f"GPT step, {shape.n_layer} x {c}, {b} x {t} tokens", "train_gpt.py", cfg, limit, "products",
                       flops, b * t, "tokens/s", data=data / f"{name}_rows", batch_size=b, n_layer=shape.n_layer,
-                      n_head=shape.n_head, n_embd=c, max_steps=steps, muon=muon, eval_rows=1)
+                      n_head=shape.n_head, n_embd=c, max_steps=most, muon=muon, eval_rows=1)
     return rows
 
 
 def vqgans(cfg, limit):
     """vqgan.py at f=16 with its discriminator, and the demo's without. FLOPs of a picture: the VQGAN's forward pass 3
     times, CLIP's 3 (two forward, one back to the pixels), the discriminator's 7 (two forward, one back, twice two)."""
-    data, rows = cfg.data, []
+    data, rows, steps = cfg.data, [], cfg.steps or (1000 if limit["device"] == "cuda" else 3)
     n = cfg.pictures or (32 if limit["device"] == "cuda" else 8 if limit["dtype"] == "bfloat16" else 2)
-    large = vqgan.F16 | {"image_size": cfg.pixels, "disc_start": 0, "batch_size": n, "max_steps": cfg.steps}
-    for name, pictures, options in (("vit", "jpegs", large), ("toy", "train", {"max_steps": 20})):
+    large = vqgan.F16 | {"image_size": cfg.pixels, "disc_start": 0, "batch_size": n, "max_steps": steps}
+    for name, pictures, options in (("vit", "jpegs", large), ("toy", "train", {"max_steps": max(20, steps)})):
         options |= {"vq_start": 0, "clip": data / f"{name}.clip", "data": data / pictures}
         c, flops = vqgan.Config(**options), 0
         shape = vqgan.check(c, ONE)

@@ -191,7 +191,7 @@ class Machine:
         self.dtype = getattr(torch, dtype)
         self.fused = kind in ("cpu", "cuda")  # whether AdamW has a fused kernel here
         if kind == "cuda":
-            torch.cuda.set_device(self.device)
+            torch.cuda.set_device(self.device.index or 0)
             torch.set_float32_matmul_precision("high" if training else "highest")
 
     def __str__(self):
@@ -930,9 +930,9 @@ def crop(picture, size, zoom=1.0, x=0.5, y=0.5, flip=False):
     return pixels[:, ::-1] if flip else pixels
 
 
-def to_tensor(pixels):
-    """uint8 (..., H, W, 3) -> float (..., 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(pixels)).movedim(-1, -3).float() / 255
+def to_tensor(pixels, device="cpu"):
+    """uint8 (..., H, W, 3) -> float (..., 3, H, W) in [0, 1], sent to the device as the bytes they are."""
+    return torch.from_numpy(np.array(pixels)).to(device).movedim(-1, -3).float() / 255
 
 
 def resized(pixels, size):

@@ -199,9 +199,9 @@ def rows_of(pixels, clip_pixels, vqgan, clip, machine, batch_size=None):
     for i in range(0, len(pixels), batch_size):
         part = slice(i, i + batch_size)
         with machine.autocast():
-            x = to_tensor(pixels[part]).to(machine.device, memory_format=torch.channels_last)
+            x = to_tensor(pixels[part], machine.device).contiguous(memory_format=torch.channels_last)
             tokens[part] = vqgan.encode(x * 2 - 1).flatten(1).cpu().numpy()
-            embedding[part] = clip.image(to_tensor(clip_pixels[part]).to(machine.device)).cpu().numpy()
+            embedding[part] = clip.image(to_tensor(clip_pixels[part], machine.device)).cpu().numpy()
     return tokens, embedding
 
 

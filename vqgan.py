@@ -212,11 +212,11 @@ def main():
     def to_device(batch, failed=()):
         if batch is None:
             fail(f"a hundred pictures of {cfg.data} in a row can't be read, the last: {sorted(failed)[-1]}")
-        x = to_tensor(batch.numpy()).to(machine.device, memory_format=torch.channels_last)
+        x = to_tensor(batch.numpy(), machine.device).contiguous(memory_format=torch.channels_last)
         return x * 2 - 1                                                               # (B, 3, S, S) in [-1, 1]
 
-    blank = torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=machine.device)
-    net = machine.compile(model, cfg.compile, (blank, cfg.beta, False))
+    blank = torch.zeros(cfg.batch_size // machine.world, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
+    net = machine.compile(model, cfg.compile, (to_device(blank), cfg.beta, cfg.dry_run or run.step >= cfg.vq_start))
     batches = Batches(source, train, cfg, machine.rank, machine.world)
     fixed = centre_crops(source, val, cfg.image_size, 256)  # (V, S, S, 3)
     if not len(fixed):  # a handful of pictures, none of them held out
