@@ -32,7 +32,7 @@ import train_gpt
 import vqgan
 from common import (AutoCount, Compile, Count, Device, Dtype, Machine, Pictures, clip_package, configure, digest, fail,
                     load_clip, load_vqgan, lock, write_json)
-from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfig, cpu_has_bfloat16
+from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfig, cpu_has_bfloat16, pick
 
 CLIPS = {"vit": (512, 224, 12, 768, 32, 77, 49408, 64, 1, 1),  # ViT-B/32 (its text side cut short), one that costs
          "cheap": (512, 32, (1, 1, 1, 1), 8, None, 24, 49408, 64, 1, 1),      # nothing, and the toy's
@@ -50,10 +50,10 @@ class Config:
     grid: Count = 16                    # side of the token grid: 16 is 256 tokens
     codes: Count = 16384                # size of the codebook
     batch: Count = 8                    # pictures sampled at a time, beside one at a time
-    rows: AutoCount = None              # rows of the large GPT's step (auto: 2 on a CPU, 4 in bfloat16, 64 on a GPU)
+    rows: AutoCount = None              # of the large GPT's step (auto: 2 on a CPU, 4 in bfloat16, 32, 128 on a GPU)
     pixels: Count = 128                 # side of the large VQGAN's pictures
     pictures: AutoCount = None          # pictures of its training step (auto: 2 on a CPU, 8 in bfloat16, 32 on a GPU)
-    steps: AutoCount = None             # large training steps, of which one or two warm up (auto: 3, on a GPU 5 seconds)
+    steps: AutoCount = None             # large training steps, one or two to warm up (auto: 3, on a GPU 5 seconds)
     photos: str = ""                    # JPEGs to prepare, a folder or tar; empty: drawn, smooth noise of 320 x 240
     jpegs: Count = 1024                 # how many to draw
     mib: Count = 512                    # size of the dump that is read cold, from the disk
@@ -162,6 +162,8 @@ def sample(cfg, limit):
     def uncached():  # seconds of all positions: 8 lengths (of odd grids 9 or so), each for its share of them
         cond, seconds = torch.randn(b, 512, device=machine.device), 0
         lengths = range(t // 16, t, t // 8)
+        if machine.device.type == "cuda":  # loads what the first call of a kind loads
+            gpt(cond, torch.zeros(b, t // 2, dtype=torch.long, device=machine.device))
         for length in lengths:
             begun = time.perf_counter()
             with machine.autocast():
@@ -177,23 +179,24 @@ def sample(cfg, limit):
     dtype = sampling_dtype(cfg, machine)
     layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
     half = str(dtype)[6:]
-    # on a CPU only as it is: torch.compile does not take weights in oneDNN's own layout
-    for compiled, name in kinds(cfg, limit) if limit["device"] == "cuda" else [(False, "")]:
-        if compiled:
-            gpt.static = True
-            gpt.run = torch.compile(gpt.run, mode="reduce-overhead")
+    cuda, captured = limit["device"] == "cuda", gpt.captured
+    for compiled, name in kinds(cfg, limit) if cuda else [(False, "")]:
+        gpt.captured = captured if compiled else None  # kernels.py, or call by call
         for b, guidance, every in ((1, 1.0, 2), (1, 2.0, 4), (cfg.batch, 1.0, 8), (cfg.batch, 2.0, 8)):
             n = b if guidance == 1 else 2 * b
             cond, uniform = torch.randn(b, 512, device=machine.device), torch.rand(b, t, device=machine.device)
-            inputs = [torch.randn(n, 1, m.weight.shape[1], device=machine.device, dtype=dtype) for m in layers]
-            for _ in range(1 + compiled):  # compiling is not timed
-                steps, bare = timed(gpt, cond, uniform, guidance, machine, list(zip(layers, inputs)), every)
+            if cuda:  # where memory is the bound, in the next row
+                steps, bound = timed_on_gpu(gpt, cond, uniform, guidance), ()
+            else:
+                inputs = [torch.randn(n, 1, m.weight.shape[1], device=machine.device, dtype=dtype) for m in layers]
+                steps, bare = timed(gpt, cond, uniform, guidance, list(zip(layers, inputs)), every)
+                bound = b / bare, "the bare products"
             ends = max(1, len(steps) // 8)
             step, cache = sum(steps) / len(steps), cfg.n_layer * n * cfg.n_embd * t  # keys and values, half full
-            size = numbers * dtype.itemsize + cache * (4 if limit["device"] == "cpu" else dtype.itemsize)
+            size = numbers * dtype.itemsize + cache * (dtype.itemsize if cuda else 4)
             least = max(size / limit["read"], 2 * numbers * n / limit[half]["products"])
             rows += [row(f"sampling, batch {b}{', guidance' if n > b else ''}, {half}{name}", b / step, "tokens/s",
-                         b / bare, "the bare products", memory(machine)),
+                         *bound, gib=memory(machine)),
                      row("    weights and cache", size / step / 1e9, "GB/s", limit["read"] / 1e9, "reading memory"),
                      row("    time of the last eighth of the tokens / the first",
                          sum(steps[-ends:]) / sum(steps[:ends]), "x")]
@@ -205,9 +208,22 @@ def sample(cfg, limit):
     return rows
 
 
-def timed(gpt, cond, uniform, guidance, machine, products, every):
-    """The seconds of every so manieth token of GPT.generate, the others left out, and of the bare products, run before
-    every eighth of those."""
+def timed_on_gpu(gpt, cond, uniform, guidance):
+    """The seconds of each token of GPT.generate but the first, by the GPU's clock, once all is compiled."""
+    def next_token(i, logits):
+        ends.append(torch.cuda.Event(enable_timing=True))
+        ends[-1].record()
+        return pick(logits, uniform[:, i])
+    for _ in range(2):
+        ends = []
+        gpt.decode_logits(cond, next_token, guidance)
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1000 for a, b in zip(ends, ends[1:])]
+
+
+def timed(gpt, cond, uniform, guidance, products, every):
+    """On a CPU, the seconds of every so manieth token of GPT.generate, the others left out, and of the bare products,
+    run before every eighth of those."""
     seconds, bare, calls, run = [], [], 0, gpt.run
     gelus, begun, logits = [layer for layer, _ in products if layer.gelu], None, None
     for layer, x in products:  # lays the weights out for so many rows
@@ -215,7 +231,6 @@ def timed(gpt, cond, uniform, guidance, machine, products, every):
 
     def ended():
         nonlocal begun
-        wait(machine)
         if begun:
             seconds.append(time.perf_counter() - begun)
         begun = None
@@ -232,7 +247,6 @@ def timed(gpt, cond, uniform, guidance, machine, products, every):
             start = time.perf_counter()
             for layer, x in products:
                 layer(x)
-            wait(machine)
             bare.append(time.perf_counter() - start)
             for layer in gelus:
                 layer.gelu = True
@@ -296,7 +310,9 @@ def train(what, script, cfg, limit, kind, flops, count, unit, **options):
 def gpts(cfg, limit):
     """train_gpt.py at the large size and the demo's. FLOPs of a token: 6 a weight, and causal attention's."""
     data, rows, steps = cfg.data, [], cfg.steps or (1000 if limit["device"] == "cuda" else 3)
-    n = cfg.rows or (64 if limit["device"] == "cuda" else 4 if limit["dtype"] == "bfloat16" else 2)
+    n = cfg.rows or (4 if limit["dtype"] == "bfloat16" else 2)
+    if limit["device"] == "cuda":  # 128 rows take 45 GiB
+        n = cfg.rows or (128 if torch.cuda.get_device_properties(0).total_memory > 6e10 else 32)
     large = GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)
     for name, b, most, muon, shape in (("cheap", n, steps, False, large),  # by AdamW, as the presets
                                        ("toy", 128, max(40, steps), True, GPTConfig(1024, 4, 64, 4, 6, 192))):

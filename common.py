@@ -229,10 +229,10 @@ class Machine:
         for g, part in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(part.view_as(g))
 
-    def compile(self, function, wanted, example):
-        """torch.compile `function` if wanted (auto: on CUDA), tried on the arguments `example`; where that fails, the
-        plain function and a line that says so."""
-        if wanted != "True" and not (wanted == "auto" and self.device.type == "cuda"):
+    def compile(self, function, wanted, example, steps):
+        """torch.compile `function` if wanted (auto: on CUDA for 2,000 steps or more, since compiling takes as long as
+        hundreds), tried on the arguments `example`; where that fails, the plain function and a line that says so."""
+        if wanted != "True" and not (wanted == "auto" and self.device.type == "cuda" and steps >= 2000):
             return function
         try:
             compiled = torch.compile(function)

@@ -8,6 +8,7 @@ The layers at the end, Conv2d and PackedLinear, are torch's own, faster on a CPU
 
 Letters in shape comments: B pictures, T tokens of one, K codes in the codebook, C width, D embedding size, H heads.
 """
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -65,13 +66,13 @@ class ResnetBlock(nn.Module):
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
-def attend(q, k, v, is_causal=False, mask=None):
+def attend(q, k, v, is_causal=False):
     """Attention on (B, H, t, hd). On a CPU in float32 whatever the autocast: torch's bfloat16 backward kernel is 3-10x
     slower at the lengths met here."""
     if not torch.is_autocast_enabled("cpu") or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=is_causal)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=is_causal)
 
 
 class AttnBlock(nn.Module):
@@ -350,7 +351,7 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
         self.fc, self.fc_out = GeluLinear(c, 4 * c), nn.Linear(4 * c, c)
 
-    def forward(self, x, cache=None, pos=0):
+    def forward(self, x, cache=None):
         b, t, c = x.shape
         qkv = self.qkv(self.ln_1(x))                                                            # (B, t, 3C)
         if cache is None:
@@ -358,15 +359,9 @@ class Block(nn.Module):
             y = attend(*qkv.unbind(), is_causal=True)                                           # (B, H, t, hd)
         else:  # t is 1: write this position's key and value into the cache, look at all up to it
             qkv = qkv.view(b, 3, self.n_head, 1, -1)                                            # (B, 3, H, 1, hd)
-            query, now = qkv.select(1, 0), qkv.narrow(1, 1, 2)
-            if isinstance(cache, tuple):  # views of (B, 2, H, 1, hd), (B, H, pos+1, hd), (B, H, pos+1, hd)
-                here, keys, values = cache
-                here.copy_(now)
-                y = attend(query.to(keys.dtype), keys, values)                                  # (B, H, 1, hd)
-            else:  # (B, 2, H, T, hd): shapes that stay, for torch.compile; the positions to come are masked
-                cache.index_copy_(3, pos, now.to(cache.dtype))
-                seen = torch.arange(cache.shape[3], device=pos.device) <= pos                   # (T,)
-                y = attend(query.to(cache.dtype), *cache.unbind(1), mask=seen.expand(b, 1, 1, -1))
+            here, keys, values = cache  # views of (B, 2, H, 1, hd), (B, H, pos+1, hd), (B, H, pos+1, hd)
+            here.copy_(qkv.narrow(1, 1, 2))
+            y = attend(qkv.select(1, 0).to(keys.dtype), keys, values)                           # (B, H, 1, hd)
         x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
         return x + self.fc_out(self.fc(self.ln_2(x)))
 
@@ -395,7 +390,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 if "emb" in name or cfg.classic else c ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        self.static = False  # decode in shapes that stay the same, see `run`
+        self.captured = None  # kernels.captured, once packed for a GPU
         last = [self.head, *(layer for b in self.blocks for layer in (b.proj, b.fc_out))]
         for layer in last if cfg.zero_init else ():
             nn.init.zeros_(layer.weight)  # every block starts as the identity and the first loss is exactly ln K
@@ -422,19 +417,15 @@ class GPT(nn.Module):
 
     def run(self, x, pos=0, caches=None):
         """Embedded inputs (B, t, C) at positions pos.. -> logits (B, t, K). With caches (n_layer, B, 2, H, T, hd) of
-        keys and values t is 1, and pos may be a tensor (1,) instead of a number, and the caches a list, which gives
-        every position the same shapes."""
-        rows = slice(pos, pos + x.shape[1]) if isinstance(pos, int) else pos
-        x = x + self.pos_emb[rows]                                                              # (B, t, C)
+        keys and values t is 1."""
+        x = x + self.pos_emb[pos:pos + x.shape[1]]                                              # (B, t, C)
         if caches is None:
             each = [None] * len(self.blocks)
-        elif isinstance(pos, int):  # cut for all blocks at once: at batch 1 the calls between two products count
+        else:  # cut for all blocks at once: at batch 1 the calls between two products count
             seen = caches.narrow(4, 0, pos + 1)
             each = zip(caches.narrow(4, pos, 1).unbind(), seen.select(2, 0).unbind(), seen.select(2, 1).unbind())
-        else:
-            each = caches
         for block, cache in zip(self.blocks, each):
-            x = block(x, cache, pos)
+            x = block(x, cache)
         return self.head(self.ln_f(x))
 
     def forward(self, cond, tokens, drop=None):
@@ -461,17 +452,11 @@ class GPT(nn.Module):
         if guidance != 1.0:
             x = torch.cat([x, self.null.expand_as(x)])                                          # (2B, 1, C)
         kept = torch.float32 if x.device.type == "cpu" else self.head.weight.dtype              # as `attend` reads it
-        shape = len(x), 2, h, t_max, c // h                                                     # keys and values
-        if self.static:  # a tensor each, which stays where it is: a CUDA graph can write into it
-            caches = [x.new_zeros(shape, dtype=kept) for _ in self.blocks]
-            for cache in caches:
-                torch._dynamo.mark_static_address(cache)
-        else:
-            caches = x.new_zeros(len(self.blocks), *shape, dtype=kept)
+        caches = x.new_zeros(len(self.blocks), len(x), 2, h, t_max, c // h, dtype=kept)         # keys and values
         tokens = torch.empty(b, t_max, dtype=torch.long, device=x.device)
-        positions = torch.arange(t_max, device=x.device).split(1) if self.static else range(t_max)
-        for i, pos in enumerate(positions):
-            logits = self.run(x, pos, caches)[:, 0].float()                                     # (B or 2B, K)
+        run = self.captured(self, x, caches) if self.captured else self.run
+        for i in range(t_max):
+            logits = run(x, i, caches)[:, 0].float()                                            # (B or 2B, K)
             if guidance != 1.0:
                 logits = logits[b:] + guidance * (logits[:b] - logits[b:])                      # (B, K)
             tokens[:, i] = chosen = next_token(i, logits)
@@ -480,7 +465,8 @@ class GPT(nn.Module):
 
     def pack(self, dtype):
         """Make this a network that only samples, in `dtype`, for good: every Linear is packed; the stream between the
-        blocks and norms stay float32, and on a CPU the cache. There self.head and the like are plain functions."""
+        blocks and norms stay float32, and on a CPU the cache. There self.head and the like are plain functions; on a
+        GPU kernels.py takes the place of `run`."""
         for module in list(self.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
@@ -488,6 +474,10 @@ class GPT(nn.Module):
                     setattr(module, name, child)
                 if self.pos_emb.device.type == "cpu" and nn.ModuleList not in (type(module), type(child)):
                     module.__dict__[name] = child.forward  # found first: no bookkeeping of nn.Module's in its calls
+        if self.pos_emb.device.type == "cuda":
+            with contextlib.suppress(ImportError):  # where there is no Triton
+                from kernels import captured
+                self.captured = captured
         return self
 
     def generate(self, cond, uniform, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0):
@@ -598,10 +588,8 @@ class PackedLinear(nn.Module):
             self.layout, self.weight, self.bias = "convolution", weight, bias
         elif mkldnn and dtype == torch.bfloat16 and cpu_has_bfloat16():
             self.layout, self.weight, self.bias = "product", torch.ops.mkldnn._reorder_linear_weight(weight, 1), bias
-        else:  # as buffers, which torch.compile knows to stay where they are
-            self.layout = "plain"
-            self.register_buffer("weight", weight)
-            self.register_buffer("bias", bias)
+        else:
+            self.layout, self.weight, self.bias = "plain", weight, bias
 
     def forward(self, x):
         then, kind = ("gelu", "none") if self.gelu else ("none", "")  # GELU's kind "none" is the exact one

@@ -63,7 +63,7 @@ class Config:
     eval_rows: Count = 1024             # validation rows, always the same
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
-    compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
+    compile: Compile = "auto"           # torch.compile: auto (on CUDA, from 2,000 steps on), True, False
     dry_run: bool = False               # a few real steps, then memory, rate and the time the whole run would take
 
 
@@ -211,8 +211,8 @@ def main():
     if clip and clip.sha256 != meta["clip_sha256"]:
         fail(f"{cfg.data} was made with another CLIP than the {meta['clip']} found now; put that one back")
     example = [put(x[:part]) for x in batch(0)]
-    loss_of = machine.compile(model.loss, cfg.compile, (model.condition(example[2]), example[0],
-                                                        None if cfg.classic else example[4], example[1]))
+    example = model.condition(example[2]), example[0], None if cfg.classic else example[4], example[1]
+    loss_of = machine.compile(model.loss, cfg.compile, example, cfg.max_steps)
     bar, begun = Progress(cfg.max_steps, run.step), time.time()
     for step in range(run.step, cfg.max_steps):
         for group in (g for opt in opts.values() for g in opt.param_groups):

@@ -67,7 +67,7 @@ class Config:
     eval_every: Count = 300             # steps between evaluations, each with a checkpoint and recon.png
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
-    compile: Compile = "auto"           # torch.compile: auto (on CUDA), True, False
+    compile: Compile = "auto"           # torch.compile: auto (on CUDA, from 2,000 steps on), True, False
     dry_run: bool = False               # a few real steps, then memory, rate and the time the whole run would take
 
 
@@ -216,7 +216,8 @@ def main():
         return x * 2 - 1                                                               # (B, 3, S, S) in [-1, 1]
 
     blank = torch.zeros(cfg.batch_size // machine.world, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
-    net = machine.compile(model, cfg.compile, (to_device(blank), cfg.beta, cfg.dry_run or run.step >= cfg.vq_start))
+    quantized = cfg.dry_run or run.step >= cfg.vq_start
+    net = machine.compile(model, cfg.compile, (to_device(blank), cfg.beta, quantized), cfg.max_steps)
     batches = Batches(source, train, cfg, machine.rank, machine.world)
     fixed = centre_crops(source, val, cfg.image_size, 256)  # (V, S, S, 3)
     if not len(fixed):  # a handful of pictures, none of them held out
