@@ -55,7 +55,7 @@ class Config:
     pictures: AutoCount = None          # pictures of its training step (auto: 2 on a CPU, 8 in bfloat16, 32 on a GPU)
     steps: AutoCount = None             # large training steps, one or two to warm up (auto: 3, on a GPU 5 seconds)
     photos: str = ""                    # JPEGs to prepare, a folder or tar; empty: drawn, smooth noise of 320 x 240
-    jpegs: Count = 1024                 # how many to draw
+    jpegs: AutoCount = None             # how many to draw (auto: 1024, on a GPU 16384)
     mib: Count = 512                    # size of the dump that is read cold, from the disk
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # auto: trainers and prepare.py choose, sampling in bfloat16 if possible
@@ -162,13 +162,13 @@ def sample(cfg, limit):
     def uncached():  # seconds of all positions: 8 lengths (of odd grids 9 or so), each for its share of them
         cond, seconds = torch.randn(b, 512, device=machine.device), 0
         lengths = range(t // 16, t, t // 8)
-        if machine.device.type == "cuda":  # loads what the first call of a kind loads
-            gpt(cond, torch.zeros(b, t // 2, dtype=torch.long, device=machine.device))
         for length in lengths:
-            begun = time.perf_counter()
-            with machine.autocast():
-                gpt(cond, torch.zeros(b, length, dtype=torch.long, device=machine.device))[:, -1].argmax(-1)
-            wait(machine)
+            tokens = torch.zeros(b, length, dtype=torch.long, device=machine.device)
+            for _ in range(2 if machine.device.type == "cuda" else 1):  # there the first call of a kind loads kernels
+                begun = time.perf_counter()
+                with machine.autocast():
+                    gpt(cond, tokens)[:, -1].argmax(-1)
+                wait(machine)
             seconds += (time.perf_counter() - begun) * t / len(lengths)
         return seconds
     for b in (1, cfg.batch):
@@ -260,11 +260,11 @@ def timed(gpt, cond, uniform, guidance, products, every):
     return seconds, sum(bare) / len(bare)
 
 
-def make_data(cfg):
+def make_data(cfg, limit):
     """Pictures and untrained networks for the real scripts to work on, in cfg.data."""
     data, rng = cfg.data, np.random.default_rng(0)
     shutil.rmtree(data, ignore_errors=True)
-    for folder, n in (("jpegs", cfg.jpegs), ("few", 64)):
+    for folder, n in (("jpegs", cfg.jpegs or (16384 if limit["device"] == "cuda" else 1024)), ("few", 64)):
         (data / folder).mkdir(parents=True)
         for i in range(n):
             file = data / folder / f"{i:05d}.jpg"
@@ -443,7 +443,7 @@ def main():
         with ProcessPoolExecutor(1, multiprocessing.get_context(how), *interruptible) as pool:
             return pool.submit(part, cfg, *args).result()
     limit, rows = apart(limits)
-    apart(make_data)
+    apart(make_data, limit)
     step = 0.1
     for part, work in (("sample", sample), ("gpt", gpts), ("vqgan", vqgans), ("prepare", prepares)):
         if part in cfg.parts.split(","):

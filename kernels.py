@@ -82,10 +82,11 @@ def early(device):
 def linear(x, layer, norm=None, add=None):
     """A packed Linear, on rows x (R, K): layer(norm(x)), a GELU behind it where the layer has one, added to `add`
     (R, N) in place if given. More than two rows are left to cuBLAS."""
-    (rows, k), (n, _) = x.shape, layer.weight.shape
+    rows, k = x.shape
     if rows > 2:
         y = layer(x if norm is None else norm(x))
         return y if add is None else add.add_(y)
+    n = len(layer.weight)
     y = x.new_empty(rows, n, dtype=layer.weight.dtype if layer.gelu else torch.float32) if add is None else add
     width = triton.next_power_of_2(k)
     columns = max(1, (8192 if width <= 2048 else 32768) // width)  # as many weights as fit into a program's registers

@@ -1641,6 +1641,34 @@ def test_packed_sampling_is_the_same_network(classic, guidance):
     assert (again - exact).abs().max() <= 1e-5 * exact.abs().max() * guidance  # laid out anew for one row
 
 
+INTERPRETED = """
+import torch, kernels, test_all
+torch.set_grad_enabled(False)
+kernels.early = lambda device: False
+for rows in (1, 2, 3):
+    gpt = test_all.tiny_gpt(n_embd=48, n_head=2, n_layer=2)
+    cond, tokens = gpt.condition(test_all.some(rows, 24)), test_all.tokens_for(gpt, rows)
+    exact = test_all.forced_logits(gpt, cond, tokens)
+    x, caches, made = gpt.prefix(cond), torch.zeros(2, rows, 2, 2, 16, 24), []
+    for module in gpt.modules():
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, test_all.PackedLinear(child, torch.float32))
+    for i in range(16):
+        made.append(kernels.run(gpt, x, torch.tensor([i]), caches)[:, 0])
+        x = gpt.tok_emb(tokens[:, i])[:, None]
+    assert (torch.stack(made, 1) - exact).abs().max() <= 1e-5 * exact.abs().max(), rows
+"""
+
+
+def test_kernels_for_a_gpu_compute_the_same_network():
+    """By Triton's interpreter, which needs no GPU."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=HERE,
+                          env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("rows, guidance", [(1, 1.0), (1, 2.0), (3, 1.0), (3, 2.0)])
@@ -1736,7 +1764,7 @@ def test_bench_makes_its_data_where_no_other_lies(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/mine").write_text("precious")
     for _ in range(2):
-        bench.make_data(bench.Config(out=str(tmp_path), jpegs=1))
+        bench.make_data(bench.Config(out=str(tmp_path), jpegs=1), {"device": "cpu"})
     assert (tmp_path / "data/mine").exists() and len(list(tmp_path.iterdir())) == 2
 
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from common import (Amount, AutoWhole, Compile, Count, Device, Dtype, Machine, Muon, Pictures, Progress, Run, Share,
+from common import (Amount, AutoWhole, Count, Device, Dtype, Machine, Muon, Pictures, Progress, Run, Share,
                     Whole, Zoom, centre_crops, configure, crop, digest, fail, learning_rate, load_clip, millions,
                     resized, save_grid, split_names, to_image, to_tensor)
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
@@ -67,7 +67,7 @@ class Config:
     eval_every: Count = 300             # steps between evaluations, each with a checkpoint and recon.png
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
-    compile: Compile = "auto"           # torch.compile: auto (on CUDA, from 2,000 steps on), True, False
+    compile: bool = False               # torch.compile
     dry_run: bool = False               # a few real steps, then memory, rate and the time the whole run would take
 
 
@@ -217,7 +217,7 @@ def main():
 
     blank = torch.zeros(cfg.batch_size // machine.world, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
     quantized = cfg.dry_run or run.step >= cfg.vq_start
-    net = machine.compile(model, cfg.compile, (to_device(blank), cfg.beta, quantized), cfg.max_steps)
+    net = machine.compile(model, str(cfg.compile), (to_device(blank), cfg.beta, quantized), cfg.max_steps)
     batches = Batches(source, train, cfg, machine.rank, machine.world)
     fixed = centre_crops(source, val, cfg.image_size, 256)  # (V, S, S, 3)
     if not len(fixed):  # a handful of pictures, none of them held out
