@@ -399,7 +399,7 @@ def prepares(cfg, limit):
                 largest)]
 
 
-def batches(cfg, step):
+def batches(cfg, limit, step):
     """make_batches on rows that are dropped from the page cache first; asleep for as long as a training step between
     two, while the disk fetches the next. `step`: seconds of the demo's GPT step."""
     data, rng, arrays = cfg.data, np.random.default_rng(0), []
@@ -414,7 +414,8 @@ def batches(cfg, step):
         arrays.append(np.memmap(data / name, dtype, "r", shape=(n, width)))
 
     def mean_time(pause):
-        batch, seconds = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b)), []
+        idle, seconds = limit["device"] == "cuda", []
+        batch = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b), idle=idle)
         for i in range(25):
             begun = time.perf_counter()
             batch(i)
@@ -450,7 +451,7 @@ def main():
             rows += apart(work, limit)
             step = rows[-1]["step"] if part == "gpt" else step
     if "batches" in cfg.parts.split(","):
-        rows += apart(batches, step)
+        rows += apart(batches, limit, step)
     write_json(Path(cfg.out, "bench.json"), {"config": asdict(cfg), "rows": rows})
     print(json.dumps(rows))
     print(f"{time.time() - begun:.0f} s; wrote {cfg.out}/bench.json")

@@ -124,11 +124,11 @@ def neighbour_spread(model, clip, seed, share=0.01, anchors=256, most=50000):
     return torch.from_numpy((np.sqrt(np.maximum(values, 0))[:, None] * vectors.T).astype(np.float32))
 
 
-def make_batches(tokens, clip, cfg, spread=None):
+def make_batches(tokens, clip, cfg, spread=None, idle=False):
     """A function from step to that step's global batch, a pure function of (seed, step): tokens to write (B, T) and to
     read (B, T), embeddings (B, D), noise (B, D), drop (B,). Every epoch goes through all rows in a new order. A thread
-    reads the next step's rows while a step computes, so that a dump larger than memory does not keep it waiting.
-    `spread` is what neighbour_spread gives."""
+    reads the next step's rows while a step computes, so that a dump larger than memory does not keep it waiting; where
+    cores are `idle` meanwhile, beside a GPU, it makes the noise as well. `spread` is what neighbour_spread gives."""
     orders, ahead, beside = {}, {}, ThreadPoolExecutor(1)
     files = [(a, open(a.filename, "rb")) for a in (tokens, clip)
              if isinstance(a, np.memmap) and hasattr(os, "posix_fadvise")]
@@ -147,10 +147,7 @@ def make_batches(tokens, clip, cfg, spread=None):
                 os.posix_fadvise(file.fileno(), i * array.strides[0], array.strides[0], os.POSIX_FADV_WILLNEED)
         return tokens[index].astype(np.int64), clip[index].astype(np.float32)                      # (B, T), (B, D)
 
-    def batch(step):
-        write, seen = (ahead.pop(step, None) or beside.submit(fetch, step)).result()
-        ahead.clear()
-        ahead[step + 1] = beside.submit(fetch, step + 1)
+    def with_noise(step, write, seen):
         rng = np.random.default_rng((cfg.seed, 1, step))
         noise = rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32)
         noise *= cfg.noise / np.linalg.norm(noise, axis=1, keepdims=True)
@@ -160,6 +157,15 @@ def make_batches(tokens, clip, cfg, spread=None):
             noise += cfg.spread * shaped.numpy()
         read = np.where(rng.random(write.shape) < cfg.corrupt, np.roll(write, 1, 0), write)
         return [torch.from_numpy(x) for x in (write, read, seen, noise, drop)]
+
+    def work(step):
+        return with_noise(step, *fetch(step)) if idle else fetch(step)
+
+    def batch(step):
+        made = (ahead.pop(step, None) or beside.submit(work, step)).result()
+        ahead.clear()
+        ahead[step + 1] = beside.submit(work, step + 1)
+        return made if idle else with_noise(step, *made)
     return batch
 
 
@@ -194,7 +200,8 @@ def main():
         for name, opt in opts.items():
             opt.load_state_dict(run.resume["optimizers"][name])
     noisy = bool(cfg.noise or cfg.spread) and not cfg.classic
-    batch = make_batches(*arrays["train"], cfg, model.spread.cpu() if cfg.spread and noisy else None)
+    batch = make_batches(*arrays["train"], cfg, model.spread.cpu() if cfg.spread and noisy else None,
+                         idle=machine.device.type == "cuda")
     val_tokens, val_clip = (torch.from_numpy(np.array(a[:cfg.eval_rows]).astype(t)) for a, t in
                             zip(arrays["val"] if meta["val_rows"] else arrays["train"], (np.int64, np.float32)))
     know_nothing = math.log(meta["codes"])
