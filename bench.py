@@ -3,7 +3,7 @@
 First the machine's own limits (matrix products, convolutions, reading memory), then each part in processes of its own:
 sampling by GPT.generate, training by the trainers' --dry_run, preparing by prepare.py, on made-up pictures and
 untrained networks. Every share is a ratio of two rates of this one run; out/bench/bench.json holds the table too.
-    python bench.py                          # all of it; on a GPU if there is one, there with torch.compile and without
+    python bench.py                          # all of it; on a GPU if there is one, there compiled and not
     python bench.py --parts=sample --n_layer=12"""
 import json
 import multiprocessing
@@ -50,7 +50,7 @@ class Config:
     grid: Count = 16                    # side of the token grid: 16 is 256 tokens
     codes: Count = 16384                # size of the codebook
     batch: Count = 8                    # pictures sampled at a time, beside one at a time
-    rows: AutoCount = None              # of the large GPT's step (auto: 2 on a CPU, 4 in bfloat16, 32, 128 on a GPU)
+    rows: AutoCount = None              # of the large GPT's step (auto: 2 on a CPU, 4 in bfloat16, 32 or 128 on a GPU)
     pixels: Count = 128                 # side of the large VQGAN's pictures
     pictures: AutoCount = None          # pictures of its training step (auto: 2 on a CPU, 8 in bfloat16, 32 on a GPU)
     steps: AutoCount = None             # large training steps, one or two to warm up (auto: 3, on a GPU 5 seconds)
@@ -59,7 +59,7 @@ class Config:
     mib: Count = 512                    # size of the dump that is read cold, from the disk
     device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: Dtype = "auto"               # auto: trainers and prepare.py choose, sampling in bfloat16 if possible
-    compile: Compile = "auto"           # auto: on CUDA with and without; True: with; False: without
+    compile: Compile = "auto"           # torch.compile, in sampling kernels.py: True, False, auto (on CUDA both)
 
     @property
     def data(self):
@@ -150,7 +150,7 @@ def kinds(cfg, limit):
 
 @torch.no_grad()
 def sample(cfg, limit):
-    """GPT.generate at the large size, the plain loop without a cache, and the bare products of the same weights."""
+    """GPT.generate at the large size, the plain loop without a cache, and on a CPU the same weights' bare products."""
     machine, t, rows, plain = Machine(cfg.device, cfg.dtype), cfg.grid ** 2, [], {}
     with torch.device("meta"):  # without the work of initialising it
         gpt = GPT(GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)).requires_grad_(False).eval()
@@ -179,9 +179,9 @@ def sample(cfg, limit):
     dtype = sampling_dtype(cfg, machine)
     layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
     half = str(dtype)[6:]
-    cuda, captured = limit["device"] == "cuda", gpt.captured
-    for compiled, name in kinds(cfg, limit) if cuda else [(False, "")]:
-        gpt.captured = captured if compiled else None  # kernels.py, or call by call
+    cuda, capture = limit["device"] == "cuda", gpt.capture
+    for compiled, name in kinds(cfg, limit) if capture else [(False, "")]:
+        gpt.capture = capture if compiled else None  # kernels.py, or call by call
         for b, guidance, every in ((1, 1.0, 2), (1, 2.0, 4), (cfg.batch, 1.0, 8), (cfg.batch, 2.0, 8)):
             n = b if guidance == 1 else 2 * b
             cond, uniform = torch.randn(b, 512, device=machine.device), torch.rand(b, t, device=machine.device)
@@ -193,7 +193,7 @@ def sample(cfg, limit):
                 bound = b / bare, "the bare products"
             ends = max(1, len(steps) // 8)
             step, cache = sum(steps) / len(steps), cfg.n_layer * n * cfg.n_embd * t  # keys and values, half full
-            size = numbers * dtype.itemsize + cache * (dtype.itemsize if cuda else 4)
+            size = numbers * dtype.itemsize + cache * (4 if limit["device"] == "cpu" else dtype.itemsize)
             least = max(size / limit["read"], 2 * numbers * n / limit[half]["products"])
             rows += [row(f"sampling, batch {b}{', guidance' if n > b else ''}, {half}{name}", b / step, "tokens/s",
                          *bound, gib=memory(machine)),
@@ -311,8 +311,9 @@ def gpts(cfg, limit):
     """train_gpt.py at the large size and the demo's. FLOPs of a token: 6 a weight, and causal attention's."""
     data, rows, steps = cfg.data, [], cfg.steps or (1000 if limit["device"] == "cuda" else 3)
     n = cfg.rows or (4 if limit["dtype"] == "bfloat16" else 2)
-    if limit["device"] == "cuda":  # 128 rows take 45 GiB
-        n = cfg.rows or (128 if torch.cuda.get_device_properties(0).total_memory > 6e10 else 32)
+    if limit["device"] == "cuda":  # 128 rows take 39 GiB
+        device = Machine(cfg.device, cfg.dtype).device
+        n = cfg.rows or (128 if torch.cuda.get_device_properties(device).total_memory > 6e10 else 32)
     large = GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)
     for name, b, most, muon, shape in (("cheap", n, steps, False, large),  # by AdamW, as the presets
                                        ("toy", 128, max(40, steps), True, GPTConfig(1024, 4, 64, 4, 6, 192))):

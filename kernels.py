@@ -2,12 +2,15 @@
 
 Written call by call, a token of 24 layers starts about 400 small kernels, and starting them takes far longer than
 reading the weights, which is all that one picture's token has to wait for. Two things change that. The token is
-recorded once as a CUDA graph and replayed (`captured`). And for one or two rows (a picture, and itself without
-condition) what lies between two waits is one kernel, five a layer: a norm, the product behind it and what follows that
-are `product`, the new key and value and the attention over all so far are `attention`. Each loads its weights while the
-one before it still computes: they do not depend on it ("programmatic dependent launch", from Hopper on).
+recorded as a CUDA graph, anew for each batch of pictures, and replayed (`capture`). And for one or two rows (a picture,
+and itself without condition) what lies between two waits is one kernel, five a layer: a norm, the product behind it and
+what follows that are `product`, the new key and value and the attention over all so far are `attention`. From Hopper on
+each loads its weights, or the keys and values so far, while the kernel before it still computes: they do not depend on
+it ("programmatic dependent launch").
 
-Triton, in which the two are written, comes with torch for CUDA; without it GPT samples by GPT.run."""
+Triton, in which the two are written, comes with torch for CUDA. Where it is missing or fails GPT samples by GPT.run."""
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +41,7 @@ def product(x, gain, shift, weight, bias, y, N, K, R: tl.constexpr, BN: tl.const
         out = tl.sum(w * v[None, :], 1)                                                           # (BN,)
         if NORM:
             mean = tl.sum(v, 0) / K
-            out = (out - mean * wg) / tl.sqrt(tl.sum(v * v, 0) / K - mean * mean + 1e-5)
+            out = (out - mean * wg) / tl.sqrt(tl.maximum(tl.sum(v * v, 0) / K - mean * mean, 0.0) + 1e-5)
         out += b
         if GELU:
             out = 0.5 * out * (1 + tl.erf(out * 0.7071067811865476))
@@ -51,7 +54,7 @@ def product(x, gain, shift, weight, bias, y, N, K, R: tl.constexpr, BN: tl.const
 def attention(qkv, cache, position, y, T, H, D, BT: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr):
     """y (R, H*D) = what each head of the one query in qkv (R, 3*H*D) sees of the keys and values so far, in cache
     (R, 2, H, T, D), to which its own are added at `position`. A program is one head of one row."""
-    row, head, t, d = tl.program_id(0), tl.program_id(1), tl.arange(0, BT), tl.arange(0, BD)
+    row, head, t, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BT), tl.arange(0, BD)
     now, C = tl.load(position), H * D
     where = cache + (row * 2 * H + head) * T * D                                                  # of its keys
     place, past = t[:, None] * D + d[None, :], (t < now)[:, None] & (d < D)[None, :]
@@ -75,7 +78,7 @@ def attention(qkv, cache, position, y, T, H, D, BT: tl.constexpr, BD: tl.constex
 
 
 def early(device):
-    """Whether this GPU can start a kernel before the last one has ended: the option, for both kernels and launches."""
+    """Whether this GPU can start a kernel before the last one has ended: the kernels' EARLY, a launch's launch_pdl."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
@@ -101,9 +104,11 @@ def linear(x, layer, norm=None, add=None):
 def attend(qkv, cache, position):
     """Queries, keys and values qkv (R, 3C) of one position -> (R, C), the cache (R, 2, H, T, hd) filled up there."""
     rows, _, heads, t, d = cache.shape
-    y, soon, width = qkv.new_empty(rows, heads * d, dtype=cache.dtype), early(qkv.device), triton.next_power_of_2(t)
-    attention[(rows, heads)](qkv, cache, position, y, t, heads, d, width, triton.next_power_of_2(d), soon,
-                             num_warps=min(32, max(4, width // 32)), **{"launch_pdl": True} if soon else {})
+    y, soon = qkv.new_empty(rows, heads * d, dtype=cache.dtype), early(qkv.device)
+    sides = triton.next_power_of_2(t), triton.next_power_of_2(d)
+    attention[(rows, heads)](qkv, cache, position, y, t, heads, d, *sides, soon,
+                             num_warps=min(32, max(4, sides[0] * sides[1] // 2048)),
+                             **{"launch_pdl": True} if soon else {})
     return y
 
 
@@ -117,10 +122,19 @@ def run(gpt, x, position, caches):
     return linear(x, gpt.head, gpt.ln_f)[:, None]
 
 
-def captured(gpt, x, caches):
-    """The same as a CUDA graph, for inputs like x: a function with GPT.run's arguments, the position a number."""
+@functools.cache
+def side_stream(device):
+    """One for all recordings, since cuBLAS keeps memory for each stream it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def capture(gpt, x, caches):
+    """The same as a CUDA graph, for inputs like x: a function with GPT.run's arguments, the position a number. What it
+    returns is good until it is called again."""
+    if caches.shape[-2] * caches.shape[-1] > 2 ** 16:
+        raise ValueError("a head's keys are more than a kernel can hold")
     x, position = x.clone(), torch.zeros(1, dtype=torch.long, device=x.device)
-    beside = torch.cuda.Stream()
+    beside = side_stream(x.device)
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
         run(gpt, x, position, caches)  # what is done but once, compiling above all, can't be recorded

@@ -10,6 +10,7 @@ Letters in shape comments: B pictures, T tokens of one, K codes in the codebook,
 """
 import contextlib
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -335,7 +336,7 @@ class GPTConfig:
 
 
 class GeluLinear(nn.Linear):
-    """A Linear with a GELU behind it, so that packed for a CPU the two are one call."""
+    """A Linear with a GELU behind it, so that packed the two are one call."""
 
     def forward(self, x):
         return F.gelu(super().forward(x))
@@ -390,7 +391,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 if "emb" in name or cfg.classic else c ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        self.captured = None  # kernels.captured, once packed for a GPU
+        self.capture = None  # kernels.capture, once packed for a GPU
         last = [self.head, *(layer for b in self.blocks for layer in (b.proj, b.fc_out))]
         for layer in last if cfg.zero_init else ():
             nn.init.zeros_(layer.weight)  # every block starts as the identity and the first loss is exactly ln K
@@ -443,8 +444,9 @@ class GPT(nn.Module):
     def decode_logits(self, cond, next_token, guidance=1.0):
         """Write one picture per row with a key-value cache. Returns tokens (B, T).
 
-        next_token(i, logits (B, K)) -> tokens (B,) chooses token i. With guidance g != 1 the same pass carries a second
-        set of rows without condition, and logits = null + g (cond - null) (Ho & Salimans 2022).
+        next_token(i, logits (B, K)) -> tokens (B,) chooses token i; the logits are good until it returns. With guidance
+        g != 1 the same pass carries a second set of rows without condition, and logits = null + g (cond - null) (Ho &
+        Salimans 2022).
         """
         assert guidance == 1.0 or not self.cfg.classic, "a classic GPT has no null embedding, so no guidance"
         b, t_max, c, h = len(cond), self.cfg.grid ** 2, self.cfg.n_embd, self.cfg.n_head
@@ -454,7 +456,13 @@ class GPT(nn.Module):
         kept = torch.float32 if x.device.type == "cpu" else self.head.weight.dtype              # as `attend` reads it
         caches = x.new_zeros(len(self.blocks), len(x), 2, h, t_max, c // h, dtype=kept)         # keys and values
         tokens = torch.empty(b, t_max, dtype=torch.long, device=x.device)
-        run = self.captured(self, x, caches) if self.captured else self.run
+        run = self.run
+        if self.capture:
+            try:
+                run = self.capture(self, x, caches)
+            except Exception as e:  # compiling can fail in many ways
+                warnings.warn(f"kernels.py can't be used here ({type(e).__name__}: {e}), sampling call by call")
+                self.capture = None
         for i in range(t_max):
             logits = run(x, i, caches)[:, 0].float()                                            # (B or 2B, K)
             if guidance != 1.0:
@@ -466,7 +474,7 @@ class GPT(nn.Module):
     def pack(self, dtype):
         """Make this a network that only samples, in `dtype`, for good: every Linear is packed; the stream between the
         blocks and norms stay float32, and on a CPU the cache. There self.head and the like are plain functions; on a
-        GPU kernels.py takes the place of `run`."""
+        GPU kernels.py takes the place of `run`, where there is Triton."""
         for module in list(self.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
@@ -476,8 +484,8 @@ class GPT(nn.Module):
                     module.__dict__[name] = child.forward  # found first: no bookkeeping of nn.Module's in its calls
         if self.pos_emb.device.type == "cuda":
             with contextlib.suppress(ImportError):  # where there is no Triton
-                from kernels import captured
-                self.captured = captured
+                from kernels import capture
+                self.capture = capture
         return self
 
     def generate(self, cond, uniform, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0):

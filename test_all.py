@@ -1619,7 +1619,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
 def forced_logits(model, cond, tokens, guidance=1.0):
     """The logits (B, T, K) of cached sampling when it is made to write these tokens."""
     seen = []
-    model.decode_logits(cond, lambda i, logits: (seen.append(logits), tokens[:, i])[1], guidance)
+    model.decode_logits(cond, lambda i, logits: (seen.append(logits.clone()), tokens[:, i])[1], guidance)
     return torch.stack(seen, 1)
 
 
@@ -1670,18 +1670,19 @@ def test_kernels_for_a_gpu_compute_the_same_network():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("rows, guidance", [(1, 1.0), (1, 2.0), (3, 1.0), (3, 2.0)])
-def test_sampling_on_a_gpu_is_the_same_network(rows, guidance, dtype, tolerance):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 5e-3), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("rows, guidance, shape", [(1, 1.0, {}), (1, 2.0, {}), (3, 1.0, {}), (3, 2.0, {}),
+                                                   (1, 1.0, {"n_embd": 1024, "n_head": 16, "n_layer": 8})])
+def test_sampling_on_a_gpu_is_the_same_network(rows, guidance, shape, dtype, tolerance):
     pytest.importorskip("triton")
-    model = tiny_gpt().to("cuda")
+    model = tiny_gpt(**shape).to("cuda")
     cond, tokens = model.condition(some(rows, 24).cuda()), tokens_for(model, rows).cuda()
     exact = forced_logits(model, cond, tokens, guidance)
     packed = copy.deepcopy(model).pack(dtype)
-    assert packed.captured
     for _ in range(2):  # the second time nothing is compiled any more
         off = (forced_logits(packed, cond, tokens, guidance) - exact).norm() / exact.norm()
         assert off < tolerance * guidance
+    assert packed.capture  # has not failed
 
 
 def test_reading_ahead_changes_no_batch(tmp_path):
