@@ -3,6 +3,7 @@ progress, loading CLIP, reading pictures, drawing grids."""
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import glob
 import hashlib
@@ -177,7 +178,8 @@ class Machine:
             fail(f"--device={device} can't be used here ({str(e).splitlines()[0]}); try --device=cpu")
         kind = self.device.type
         if self.world > 1:
-            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+            day = datetime.timedelta(days=1)  # ranks of prepare.py meet at the end only
+            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=day)
         if kind == "cpu":
             keep_memory()
         if dtype == "auto":  # half precision where the hardware has it; on a CPU only training is worth the loss
@@ -193,6 +195,7 @@ class Machine:
         if kind == "cuda":
             torch.cuda.set_device(self.device.index or 0)
             torch.set_float32_matmul_precision("high" if training else "highest")
+            torch.backends.cudnn.allow_tf32 = training
 
     def __str__(self):
         ranks = f" x {self.world} processes" if self.world > 1 else ""
@@ -219,6 +222,11 @@ class Machine:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         torch.distributed.all_gather(parts, tensor)
         return torch.cat(parts)
+
+    def share(self, tensor):
+        """Rank 0's numbers for all ranks, in place."""
+        if self.world > 1:
+            torch.distributed.broadcast(tensor, 0)
 
     def average_gradients(self, parameters):
         """Data parallelism in full: one all-reduce of all gradients a step."""
@@ -583,7 +591,8 @@ class Run:
             if self.cfg["dtype"] == "auto" and device == machine.device.type:  # as it was begun, to the last bit
                 machine.dtype = getattr(torch, dtype)
         self.step = self.resume["step"] if self.resume else 0
-        self.log_file, self.stopping, self.pid = None, False, os.getpid()
+        self.log_file, self.pid = None, os.getpid()
+        self.told, self.stopping = False, False  # this process, by a signal; all ranks, by asked_to_stop
         self.bad_row, self.bad_total = 0, 0
         self.ends = [time.perf_counter()]  # of a dry run's steps
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -593,10 +602,17 @@ class Run:
         """Ctrl-C or a polite kill: the step under way is finished and saved first; a second time stops at once."""
         if os.getpid() != self.pid:  # a worker process, which ends with its parent
             return
-        if self.stopping:
+        if self.told:
             sys.exit(130)
-        self.stopping = True
+        self.told = True
         self.machine.say("stopping after this step")
+
+    def asked_to_stop(self):
+        """Whether any rank has been told to stop: all get the same answer."""
+        self.stopping = self.told
+        if self.machine.world > 1:
+            self.stopping = self.machine.sum(torch.tensor(float(self.told), device=self.machine.device)).item() > 0
+        return self.stopping
 
     def log(self, **facts):
         """Add a line to the log. The first call of a run that goes on drops the lines after its checkpoint, so that

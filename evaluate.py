@@ -175,8 +175,11 @@ def in_parts(function, pictures, size=0):
 
 def reconstructions(vqgan, pictures, machine):
     """uint8 (N, S, S, 3) -> what the VQGAN makes of them, uint8 (N, S, S, 3)."""
-    return as_pixels(in_parts(lambda x: vqgan.decode(vqgan.encode(x.to(machine.device) * 2 - 1)).cpu(), pictures,
-                              vqgan.cfg.image_size))
+    def again(x):
+        tokens = vqgan.encode(x.to(machine.device) * 2 - 1)
+        with machine.autocast():  # as samples are decoded
+            return vqgan.decode(tokens).float().cpu()
+    return as_pixels(in_parts(again, pictures, vqgan.cfg.image_size))
 
 
 def clip_embeddings(clip, pictures):
@@ -272,18 +275,23 @@ def retrieval(clip, pictures, texts, own):
     return {"similarity": mean(mine.cpu().numpy()), "retrieval": share((cosines.argmax(1) == own).tolist())}
 
 
-def optimise(vqgan, clip, texts, marks, side, seed):
+def optimise(vqgan, clip, texts, marks, side, seed, machine):
     """The opponent: latents whose picture CLIP finds like the text, by gradient (VQGAN-CLIP, Crowson et al. 2022): Adam
     through codebook (straight-through), decoder and CLIP, on 16 random crops of each picture, flips and noise.
 
     texts (P, D) are worked on together; marks are seconds a picture, side that of the token grid. Returns uint8
     (P, S, S, 3) for each mark."""
     rng, count, crops, out = torch.Generator().manual_seed(seed), len(texts), 16, []
+    cuda = machine.device.type == "cuda"
+    noise = torch.Generator(machine.device).manual_seed(seed) if cuda else rng  # not to be waited for by a GPU
     start = torch.randint(vqgan.cfg.codes, (count, side, side), generator=rng).to(texts.device)
     z = vqgan.quantize.lookup(start).clone().requires_grad_()                          # (P, d, h, w)
     optimizer, begun = torch.optim.Adam([z], 0.1), time.time()
     while True:
-        x = vqgan.decoder(vqgan.post_quant_conv(vqgan.quantize(z)[0]))                 # (P, 3, S, S)
+        with machine.autocast():
+            x = vqgan.decoder(vqgan.post_quant_conv(vqgan.quantize(z)[0])).float()     # (P, 3, S, S)
+        if cuda:
+            torch.cuda.synchronize()
         while len(out) < len(marks) and time.time() - begun >= marks[len(out)] * count:
             out.append(as_pixels(x.detach()))
         if len(out) == len(marks):
@@ -293,10 +301,12 @@ def optimise(vqgan, clip, texts, marks, side, seed):
         theta = torch.zeros(count * crops, 2, 3)
         theta[:, 0, 0] = scale * (torch.rand(count * crops, generator=rng) < 0.5).float().mul(2).sub(1)
         theta[:, 1, 1], theta[:, :, 2] = scale, shift
-        where = F.affine_grid(theta, (count * crops, 3, clip.size, clip.size), align_corners=False).to(x.device)
+        where = F.affine_grid(theta.to(x.device), (count * crops, 3, clip.size, clip.size), align_corners=False)
         seen = F.grid_sample((x.repeat_interleave(crops, 0) + 1) / 2, where, padding_mode="border", align_corners=False)
-        seen = seen + 0.02 * torch.randn(seen.shape, generator=rng).to(x.device)
-        loss = (1 - clip.image(seen) @ texts.T.repeat_interleave(crops, 1)).diagonal().sum() / crops
+        seen = seen + 0.02 * torch.randn(seen.shape, generator=noise, device=x.device)
+        with machine.autocast():
+            seen = clip.image(seen)                                                    # (P * crops, D)
+        loss = (1 - seen @ texts.T.repeat_interleave(crops, 1)).diagonal().sum() / crops
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -341,7 +351,7 @@ def train_controls(cfg, clip, machine, asked):
     for name, what, changes, drawn in (  # captions leave open what they do, so no spread and no variety
             ("captioned", "captions", {"data": folder / "caption_tokens", "spread": 0.0}, {"variety": 0.0}),
             ("unconditioned", "nothing", {"drop": 1.0}, {"cfg": 0.0})):
-        options = checkpoint["config"] | changes | {"out": folder / name}
+        options = checkpoint["config"] | changes | {"out": folder / name, "device": cfg.device}
         words = [f"--{k}={v}" for k, v in options.items() if k != "preset"]
         if subprocess.run([sys.executable, Path(__file__).with_name("train_gpt.py"), *words]).returncode:
             fail(f"the control {name} was not trained; what train_gpt.py says above tells why")
@@ -514,9 +524,12 @@ def main():
             draw((gpt, vqgan), texts[:1], [str(i)], 1, options, machine, cfg)
         one, parts = (time.time() - begun) / 10, []
         machine.say(f"optimisation takes {100 * one * len(chosen) / 60:.1f} minutes")
+        if machine.device.type == "cuda":  # loads kernels before the clock counts
+            optimise(vqgan, clip, texts[chosen[:8]], (0.1,), gpt.cfg.grid, cfg.seed, machine)
         bar = Progress(len(chosen), unit="prompt optimised")
         for some in np.array_split(chosen, -(-len(chosen) // 8)):
-            parts.append(optimise(vqgan, clip, texts[some], (10 * one, 100 * one), gpt.cfg.grid, cfg.seed))
+            parts.append(optimise(vqgan, clip, texts[some], (10 * one, 100 * one), gpt.cfg.grid, cfg.seed,
+                                  machine))
             bar(len(some))
         what = wanted and [wanted[i] for i in chosen]
         first = made[chosen * cfg.n]

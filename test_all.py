@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -1207,19 +1208,32 @@ def test_two_processes_prepare_the_same_files_and_train_the_same_vqgan(world, tm
 
 
 @slow
+def test_slow_a_compiled_vqgan_meets_its_discriminator(world, tmp_path):
+    """Its steps go back through one graph several times, which a compiled one allows only if told beforehand."""
+    command(HERE / "vqgan.py", *VQ, "--compile=True", f"--out={tmp_path}/vq", cwd=world[0], limit=600)
+
+
+@slow
 def test_slow_a_dead_rank_ends_the_job_and_a_restart_goes_on(world, tmp_path):
     args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train_gpt.py"), *GPT_ARGS,
             "--dtype=float32"]
     command(*args, "--max_steps=300", "--eval_every=50", f"--out={tmp_path}/whole", cwd=world[0])
     args = [*args, "--max_steps=300", "--eval_every=50", f"--out={tmp_path}/killed"]
-    job = subprocess.Popen([sys.executable, *args], cwd=world[0], env=os.environ | {"PYTHONPATH": str(HERE)},
-                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (tmp_path / "killed/gpt.ckpt").exists():
-        assert job.poll() is None
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(children[-1]), 9)
-    begun = time.time()
-    assert "SIGKILL" in job.communicate(timeout=60)[1] and job.returncode != 0 and time.time() - begun < 60
+
+    def killed(number, after):
+        """What a job says whose last rank gets this signal, once the file `after` is there."""
+        job = subprocess.Popen([sys.executable, *args], cwd=world[0], env=os.environ | {"PYTHONPATH": str(HERE)},
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        while not after.exists():
+            assert job.poll() is None
+        os.kill(int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[-1]), number)
+        begun, said = time.time(), job.communicate(timeout=60)
+        assert job.returncode != 0 and time.time() - begun < 60, said
+        return said
+    # a rank that is told to stop alone takes the others with it, and the first one saves
+    assert "the same command goes on" in killed(signal.SIGTERM, tmp_path / "killed/gpt.jsonl")[0]
+    (tmp_path / "killed/gpt.ckpt").unlink()
+    assert "SIGKILL" in killed(signal.SIGKILL, tmp_path / "killed/gpt.ckpt")[1]
     command(*args, cwd=world[0])
     whole, killed = (torch.load(tmp_path / n / "gpt.pt", weights_only=True)["model"] for n in ("whole", "killed"))
     assert all(torch.equal(whole[k], killed[k]) for k in whole)

@@ -186,7 +186,7 @@ def draw_world(cfg, run):
             for some in torch.utils.data.DataLoader(drawings, None, num_workers=cfg.workers):
                 rows.writerows(some)
                 bar(len(some))
-                if run.stopping:
+                if run.told:
                     print(f"stopped; the same command draws {folder} from the start", flush=True)
                     sys.exit(130)
         write_json(partial / "world.json", world)
@@ -273,7 +273,7 @@ def main():
             run.log(step=step + 1, zero_shot=accuracy)
             machine.say(f"toy CLIP names colour and object of {accuracy:.1%} of {len(rows)} held-out drawings")
             save_grid(f"{cfg.out}/world.png", [Image.fromarray(p) for p in heldout[:96]], 12)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.max_steps or run.stopping:
+        if run.asked_to_stop() or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.max_steps:
             run.save(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
 
     with whole(f"{cfg.out}/clip.pt") as f:

@@ -196,7 +196,7 @@ def main():
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     if run.resume:
         for part, state in ((model, "model"), (ema, "ema"), (scaler, "scaler")):
-            part.load_state_dict(run.resume[state])
+            part.load_state_dict(run.resume[state] or part.state_dict())  # a scaler that was not used has none
         for name, opt in opts.items():
             opt.load_state_dict(run.resume["optimizers"][name])
     noisy = bool(cfg.noise or cfg.spread) and not cfg.classic
@@ -244,7 +244,7 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
         loss = machine.sum(total).item() / machine.world
         good = math.isfinite(loss + norm.item())
-        run.skip(step, good or scaler.is_enabled())  # to a scaler such a step only says that its scale is too high
+        run.skip(step, good or scaler.get_scale() > 1)  # to a scaler such a step says that its scale is too high
         if good:
             for opt in opts.values():
                 scaler.step(opt)
@@ -264,7 +264,7 @@ def main():
             run.log(step=step + 1, val_loss=val_loss)
             if machine.rank == 0:
                 grid(Path(cfg.out, "grid.png"), ema, vqgan, val_tokens[:8], val_clip[:8], machine)
-        if due or run.stopping:
+        if run.asked_to_stop() or due:
             run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), scaler=scaler.state_dict(),
                      optimizers={k: o.state_dict() for k, o in opts.items()}, rng=torch.get_rng_state(),
                      network=asdict(gcfg),

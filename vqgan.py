@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -181,7 +182,7 @@ def main():
     generator = torch.Generator().manual_seed(cfg.seed)
     if run.resume:
         for part, state in ((model, "model"), (ema, "ema"), (disc, "disc"), (scaler, "scaler")):
-            part.load_state_dict(run.resume[state])
+            part.load_state_dict(run.resume[state] or part.state_dict())  # a scaler that was not used has none
         for name, opt in opts.items():
             opt.load_state_dict(run.resume["optimizers"][name])
         model.quantize.usage.copy_(run.resume["usage"])
@@ -217,6 +218,7 @@ def main():
 
     blank = torch.zeros(cfg.batch_size // machine.world, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
     quantized = cfg.dry_run or run.step >= cfg.vq_start
+    torch._functorch.config.donated_buffer = False  # a compiled step is gone back through more than once
     net = machine.compile(model, str(cfg.compile), (to_device(blank), cfg.beta, quantized), cfg.max_steps)
     batches = Batches(source, train, cfg, machine.rank, machine.world)
     fixed = centre_crops(source, val, cfg.image_size, 256)  # (V, S, S, 3)
@@ -242,6 +244,7 @@ def main():
                 some = Batches(source, train, cfg)
                 z = torch.cat([model(to_device(*some[step + i]), quantized=False)[3] for i in range(16)])
             model.quantize.kmeans(z, generator)
+            machine.share(model.quantize.embedding.weight.detach())  # on GPUs no two sum alike
         for opt in opts.values():
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, cfg.learning_rate, cfg.warmup, cfg.max_steps)
@@ -270,7 +273,7 @@ def main():
             scaler.unscale_(opt)
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         good = math.isfinite(machine.sum(loss.detach().clone()).item() + norm.item())
-        run.skip(step, good or scaler.is_enabled())  # to a scaler such a step only says that its scale is too high
+        run.skip(step, good or scaler.get_scale() > 1)  # to a scaler such a step says that its scale is too high
         for opt in own.values() if good else ():
             scaler.step(opt)
         if adversarial:
@@ -315,7 +318,7 @@ def main():
             run.log(step=step + 1, val_loss=total, val_codes=len(used))
             if machine.rank == 0:
                 save_grid(Path(cfg.out, "recon.png"), shown, len(shown) // 2)
-        if due or run.stopping:
+        if run.asked_to_stop() or due:
             run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), disc=disc.state_dict(),
                      optimizers={k: o.state_dict() for k, o in opts.items()}, scaler=scaler.state_dict(),
                      usage=model.quantize.usage, rng=generator.get_state(),
