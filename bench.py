@@ -307,13 +307,18 @@ def train(what, script, cfg, limit, kind, flops, count, unit, **options):
     return rows
 
 
+def large_steps(cfg, limit):
+    """How many steps a large trainer's dry run may take; on a GPU it ends by itself after five seconds of them."""
+    return cfg.steps or (1000 if limit["device"] == "cuda" else 3)
+
+
 def gpts(cfg, limit):
     """train_gpt.py at the large size and the demo's. FLOPs of a token: 6 a weight, and causal attention's."""
-    data, rows, steps = cfg.data, [], cfg.steps or (1000 if limit["device"] == "cuda" else 3)
-    n = cfg.rows or (4 if limit["dtype"] == "bfloat16" else 2)
+    data, rows, steps, n = cfg.data, [], large_steps(cfg, limit), 4 if limit["dtype"] == "bfloat16" else 2
     if limit["device"] == "cuda":  # 128 rows take 39 GiB
         device = Machine(cfg.device, cfg.dtype).device
-        n = cfg.rows or (128 if torch.cuda.get_device_properties(device).total_memory > 6e10 else 32)
+        n = 128 if torch.cuda.get_device_properties(device).total_memory > 6e10 else 32
+    n = cfg.rows or n
     large = GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)
     for name, b, most, muon, shape in (("cheap", n, steps, False, large),  # by AdamW, as the presets
                                        ("toy", 128, max(40, steps), True, GPTConfig(1024, 4, 64, 4, 6, 192))):
@@ -330,7 +335,7 @@ def gpts(cfg, limit):
 def vqgans(cfg, limit):
     """vqgan.py at f=16 with its discriminator, and the demo's without. FLOPs of a picture: the VQGAN's forward pass 3
     times, CLIP's 3 (two forward, one back to the pixels), the discriminator's 7 (two forward, one back, twice two)."""
-    data, rows, steps = cfg.data, [], cfg.steps or (1000 if limit["device"] == "cuda" else 3)
+    data, rows, steps = cfg.data, [], large_steps(cfg, limit)
     n = cfg.pictures or (32 if limit["device"] == "cuda" else 8 if limit["dtype"] == "bfloat16" else 2)
     large = vqgan.F16 | {"image_size": cfg.pixels, "disc_start": 0, "batch_size": n, "max_steps": steps}
     for name, pictures, options in (("vit", "jpegs", large), ("toy", "train", {"max_steps": max(20, steps)})):

@@ -237,10 +237,10 @@ class Machine:
         for g, part in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(part.view_as(g))
 
-    def compile(self, function, wanted, example, steps):
-        """torch.compile `function` if wanted (auto: on CUDA for 2,000 steps or more, since compiling takes as long as
-        hundreds), tried on the arguments `example`; where that fails, the plain function and a line that says so."""
-        if wanted != "True" and not (wanted == "auto" and self.device.type == "cuda" and steps >= 2000):
+    def compile(self, function, wanted, example):
+        """torch.compile `function` if wanted, tried on the arguments `example`; where that fails, the plain function
+        and a line that says so."""
+        if not wanted:
             return function
         try:
             compiled = torch.compile(function)

@@ -78,8 +78,9 @@ def attention(qkv, cache, position, y, T, H, D, BT: tl.constexpr, BD: tl.constex
 
 
 def early(device):
-    """Whether this GPU can start a kernel before the last one has ended: the kernels' EARLY, a launch's launch_pdl."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    """Options of a launch: whether this GPU can start a kernel before the last one has ended."""
+    can = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
 
 def linear(x, layer, norm=None, add=None):
@@ -94,21 +95,19 @@ def linear(x, layer, norm=None, add=None):
     width = triton.next_power_of_2(k)
     columns = max(1, (8192 if width <= 2048 else 32768) // width)  # as many weights as fit into a program's registers
     gain, shift = (layer.bias, layer.bias) if norm is None else (norm.weight, norm.bias)
-    soon = early(x.device)
     product[(triton.cdiv(n, columns),)](
         x, gain, shift, layer.weight, layer.bias, y, n, k, rows, columns, width, norm is not None, layer.gelu,
-        add is not None, soon, num_warps=4 if width <= 2048 else 8, **{"launch_pdl": True} if soon else {})
+        add is not None, num_warps=4 if width <= 2048 else 8, **early(x.device))
     return y
 
 
 def attend(qkv, cache, position):
     """Queries, keys and values qkv (R, 3C) of one position -> (R, C), the cache (R, 2, H, T, hd) filled up there."""
     rows, _, heads, t, d = cache.shape
-    y, soon = qkv.new_empty(rows, heads * d, dtype=cache.dtype), early(qkv.device)
+    y = qkv.new_empty(rows, heads * d, dtype=cache.dtype)
     sides = triton.next_power_of_2(t), triton.next_power_of_2(d)
-    attention[(rows, heads)](qkv, cache, position, y, t, heads, d, *sides, soon,
-                             num_warps=min(32, max(4, sides[0] * sides[1] // 2048)),
-                             **{"launch_pdl": True} if soon else {})
+    attention[(rows, heads)](qkv, cache, position, y, t, heads, d, *sides,
+                             num_warps=min(32, max(4, sides[0] * sides[1] // 2048)), **early(qkv.device))
     return y
 
 

@@ -219,7 +219,8 @@ def main():
         fail(f"{cfg.data} was made with another CLIP than the {meta['clip']} found now; put that one back")
     example = [put(x[:part]) for x in batch(0)]
     example = model.condition(example[2]), example[0], None if cfg.classic else example[4], example[1]
-    loss_of = machine.compile(model.loss, cfg.compile, example, cfg.max_steps)
+    long = machine.device.type == "cuda" and cfg.max_steps >= 2000  # compiling takes as long as hundreds of steps
+    loss_of = machine.compile(model.loss, cfg.compile == "True" or cfg.compile == "auto" and long, example)
     bar, begun = Progress(cfg.max_steps, run.step), time.time()
     for step in range(run.step, cfg.max_steps):
         for group in (g for opt in opts.values() for g in opt.param_groups):

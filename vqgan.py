@@ -219,7 +219,7 @@ def main():
     blank = torch.zeros(cfg.batch_size // machine.world, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
     quantized = cfg.dry_run or run.step >= cfg.vq_start
     torch._functorch.config.donated_buffer = False  # a compiled step is gone back through more than once
-    net = machine.compile(model, str(cfg.compile), (to_device(blank), cfg.beta, quantized), cfg.max_steps)
+    net = machine.compile(model, cfg.compile, (to_device(blank), cfg.beta, quantized))
     batches = Batches(source, train, cfg, machine.rank, machine.world)
     fixed = centre_crops(source, val, cfg.image_size, 256)  # (V, S, S, 3)
     if not len(fixed):  # a handful of pictures, none of them held out
