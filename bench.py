@@ -182,7 +182,7 @@ def sample(cfg, limit):
     cuda, capture = limit["device"] == "cuda", gpt.capture
     for compiled, name in kinds(cfg, limit) if capture else [(False, "")]:
         gpt.capture = capture if compiled else None  # kernels.py, or call by call
-        for b, guidance, every in ((1, 1.0, 2), (1, 2.0, 4), (cfg.batch, 1.0, 8), (cfg.batch, 2.0, 8)):
+        for b, guidance, every in ((1, 1.0, 3), (1, 2.0, 4), (cfg.batch, 1.0, 8), (cfg.batch, 2.0, 8)):
             n = b if guidance == 1 else 2 * b
             cond, uniform = torch.randn(b, 512, device=machine.device), torch.rand(b, t, device=machine.device)
             if cuda:  # where memory is the bound, in the next row
@@ -321,7 +321,7 @@ def gpts(cfg, limit):
     n = cfg.rows or n
     large = GPTConfig(cfg.codes, cfg.grid, 512, cfg.n_layer, cfg.n_head, cfg.n_embd)
     for name, b, most, muon, shape in (("cheap", n, steps, False, large),  # by AdamW, as the presets
-                                       ("toy", 128, max(40, steps), True, GPTConfig(1024, 4, 64, 4, 6, 192))):
+                                       ("toy", 128, max(24, steps), True, GPTConfig(1024, 4, 64, 4, 6, 192))):
         call("prepare.py", cfg, r"wrote (\d+) training", data=data / "few", out=data / f"{name}_rows",
              vqgan=data / f"{name}.vqgan", clip=data / f"{name}.clip", image_size=shape.grid * 16)
         c, t = shape.n_embd, shape.grid ** 2
@@ -356,13 +356,10 @@ def vqgans(cfg, limit):
 
 
 class Again(torch.utils.data.Dataset):
-    """prepare.py's networks without its pictures: the crops of one chunk, so many times."""
+    """prepare.py's networks without its pictures: the crops of one chunk as every item."""
 
-    def __init__(self, networks, crops, times):
-        self.networks, self.crops, self.times = networks, crops, times
-
-    def __len__(self):
-        return self.times
+    def __init__(self, networks, crops):
+        self.networks, self.crops = networks, crops
 
     def __getitem__(self, i):
         return len(self.networks(*self.crops)[0])
@@ -391,11 +388,10 @@ def prepares(cfg, limit):
     largest = memory(machine, resource.RUSAGE_CHILDREN) if machine.device.type == "cpu" else None
     decoded = 2 * len(source.names) / (before + seconds(decoding, len(decoding)))
     crops = next(crops for _, *crops, _ in map(chunks(None).__getitem__, range(len(decoding))) if len(crops[0]))
+    again = Again(lambda *x: prepare.rows_of(*x, net, clip, machine), crops)
     if apart:
         torch.set_num_threads(1)
-    again = Again(lambda *x: prepare.rows_of(*x, net, clip, machine), crops, 8 * workers)
-    if apart:
-        networks = len(crops[0]) / c.crops * len(again) / seconds(again, len(again))
+        networks = len(crops[0]) / c.crops * 8 * workers / seconds(again, 8 * workers)
     else:
         networks = len(crops[0]) / c.crops * rate_of(machine, lambda: again[0], 3)
     bound = 1 / (1 / decoded + 1 / networks) if apart else min(decoded, networks)
@@ -422,12 +418,12 @@ def batches(cfg, limit, step):
     def mean_time(pause):
         idle, seconds = limit["device"] == "cuda", []
         batch = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b), idle=idle)
-        for i in range(25):
+        for i in range(17):
             begun = time.perf_counter()
             batch(i)
             seconds.append(time.perf_counter() - begun)
             time.sleep(pause)
-        return sum(seconds[5:]) / 20
+        return sum(seconds[5:]) / 12
     cold, warm = mean_time(step), mean_time(min(step, 0.05))  # the second time the same rows lie in memory
     return [row(f"batches of {b} cold rows of a {cfg.mib} MiB dump", b / cold, "rows/s", b / warm, "the same rows warm",
                 memory(Machine("cpu", "float32"))),
@@ -441,6 +437,8 @@ def main():
         fail(f"--parts={cfg.parts}: there is no part {sorted(unknown)[0]}; there are {Config.parts}")
     if cfg.n_embd % cfg.n_head or cfg.grid < 4:
         fail("--n_embd must be a multiple of --n_head, and --grid 4 or more")
+    if cfg.pixels % 16 or cfg.pixels < 32:
+        fail("--pixels must be a multiple of 16, and 32 or more")
 
     kept = lock(cfg.out, ONE)  # for as long as it is named: another bench.py would make the same data anew
     how = "fork" if sys.platform == "linux" else "spawn"  # nothing has been computed here that a fork could carry over

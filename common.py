@@ -26,7 +26,6 @@ import urllib.request
 import weakref
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 
 try:
     import fcntl
@@ -54,6 +53,7 @@ AutoShare, AutoBool = typing.Optional[Share], typing.Optional[bool]
 Device = str
 Dtype = typing.Literal["auto", "float32", "bfloat16", "float16"]
 Compile = typing.Literal["auto", "True", "False"]
+Preset = typing.Literal["", "paper", "24gb"]
 HOW = ("out", "device", "compile", "workers", "trust_jit", "max_bad", "dry_run")  # may differ when a run goes on
 
 
@@ -65,7 +65,7 @@ def fail(message):
 
 def leave(*_):
     """What Ctrl-C and a polite kill do where no training step has to be saved first."""
-    print("stopped; the same command goes on from what is done", file=sys.stderr, flush=True)
+    print("stopped; what is finished is kept", file=sys.stderr, flush=True)
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(130)
@@ -84,29 +84,28 @@ if hasattr(os, "register_at_fork"):
 
 def parse(text, hint):
     """The text of an option -> a value of the field's type. Raises ValueError saying what was expected."""
-    low, high, options = -math.inf, math.inf, ()
-    if typing.get_origin(hint) is typing.Annotated:
-        hint, low, high = typing.get_args(hint)
-    elif typing.get_origin(hint) is typing.Literal:
-        hint, options = str, typing.get_args(hint)
-    elif typing.get_origin(hint) is typing.Union:
-        return None if text == "auto" else parse(text, typing.get_args(hint)[0])
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Union:
+        return None if text == "auto" else parse(text, args[0])
+    if typing.get_origin(hint) is typing.Literal:
+        if text not in args:
+            raise ValueError("one of " + ", ".join(args))
+        return text
+    if hint is bool:
+        return parse(text.capitalize(), typing.Literal["True", "False"]) == "True"
     if hint is tuple:
         return tuple(parse(part, Count) for part in text.split(",") if part)
-    if hint is bool:
-        hint, options, text = str, ("True", "False"), text.capitalize()
-    if hint is str and text.startswith("~"):
+    if hint is str:
         return os.path.expanduser(text)
+    hint, low, high = args
+    kind = "a whole number" if hint is int else "a number"
     try:
         value = hint(text)
     except ValueError:
-        raise ValueError({int: "a whole number", float: "a number"}[hint]) from None
-    if options and value not in options:
-        raise ValueError("one of " + ", ".join(options))
-    if hint in (int, float) and not low <= value <= high or hint is float and not math.isfinite(value):
-        kind = "a whole number" if hint is int else "a number"
+        raise ValueError(kind) from None
+    if not low <= value <= high or value == math.inf:
         raise ValueError(f"{kind} of {low} or more" if high > 2 ** 60 else f"{kind} from {low:g} to {high:g}")
-    return value == "True" if options == ("True", "False") else value
+    return value
 
 
 def configure(Config, argv=None, presets={}):
@@ -137,7 +136,7 @@ def configure(Config, argv=None, presets={}):
             continue
         name, equals, text = arg[2:].partition("=")
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1, 0) or list(fields)
+            near = difflib.get_close_matches(name, fields, 1, 0)
             fail(f"there is no option --{name[:60]}; the nearest is --{near[0]}, and --help lists them all")
         if not equals:
             wanted = show(fields[name].default) if after.startswith("--") else after[:60]
@@ -356,13 +355,11 @@ def whole(path):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as e:  # torch.save wraps what the disk says into a RuntimeError
+    except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        fail(f"could not write {path}: {getattr(e, 'strerror', None) or e}; what was there before is untouched")
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if isinstance(e, (OSError, RuntimeError)):  # torch.save wraps what the disk says into a RuntimeError
+            fail(f"could not write {path}: {getattr(e, 'strerror', None) or e}; what was there before is untouched")
         raise
 
 
@@ -406,7 +403,7 @@ def load_checkpoint(path, stage):
     except Exception as e:
         fail(f"{path} is no checkpoint that can be read without running code in it "
              f"({type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]})")
-    found = checkpoint.get("stage", "another program") if isinstance(checkpoint, dict) else "another program"
+    found = checkpoint.get("stage", "another program")
     if found != stage:
         fail(f"{path} is a checkpoint of {found}, a {stage} checkpoint is needed")
     missing = [k for k in ("ema", "network") if k not in checkpoint and stage != "toy"]
@@ -537,26 +534,24 @@ def adopt(checkpoint, n_head=None):
 def load_vqgan(path, device):
     """A finished (or half-trained) VQGAN -> (its averaged network, the hash of those weights, its VQGANConfig)."""
     checkpoint = load_checkpoint(path, "vqgan")
-    cfg = VQGANConfig(**checkpoint["network"])
-    model = VQGAN(cfg)
-    fill(model, checkpoint["ema"], path)
-    model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-    return model, checkpoint["sha256"], cfg
+    model = build(VQGAN, VQGANConfig, checkpoint, path).to(device, memory_format=torch.channels_last)
+    return model, checkpoint["sha256"], model.cfg
 
 
-def fill(model, weights, path):
+def build(Network, NetworkConfig, checkpoint, path):
+    """The network that a checkpoint describes, with its averaged weights, frozen."""
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
+        model = Network(NetworkConfig(**checkpoint["network"]))
+        model.load_state_dict(checkpoint["ema"])
+    except (RuntimeError, TypeError) as e:  # TypeError: an older version's network had other options
         fail(f"the weights in {path} do not fit the network it describes ({' '.join(str(e).split())[:160]})")
+    return model.requires_grad_(False).eval()
 
 
 def load_gpt(path, device):
     """A GPT's checkpoint -> (its averaged network, the checkpoint's other entries)."""
     checkpoint = load_checkpoint(path, "gpt")
-    model = GPT(GPTConfig(**checkpoint["network"]))
-    fill(model, checkpoint["ema"], path)
-    return model.requires_grad_(False).eval().to(device), checkpoint
+    return build(GPT, GPTConfig, checkpoint, path).to(device), checkpoint
 
 
 class Run:
@@ -581,7 +576,7 @@ class Run:
                 fail(f"{path} was made with another config ({', '.join(f'{k}={show(old.get(k))}' for k in differ)}); "
                      f"repeat that, or choose another folder with --out")
             for what, wanted in depends.items():
-                if self.resume["depends"].get(what) != wanted:
+                if self.resume.get("depends", {}).get(what) != wanted:
                     fail(f"{path} was started from another {what}; put that back, or choose another folder with --out")
             if path == self.final:
                 machine.say(f"{path} is finished (step {self.resume['step']}); to train again, choose another --out")
@@ -751,15 +746,22 @@ def clip_file(name):
             fail(f"could not download {url} ({e}); fetch it by other means and give the file: --clip=FILE")
         with source, whole(path) as f, open(f, "wb") as target:
             bar = Progress(int(source.headers["Content-Length"] or 0), unit=f"downloading {name}, byte")
-            while block := source.read(1 << 20):
+            while block := received(source, url):
                 target.write(block)
                 bar(len(block))
             target.flush()
             if file_sha256(f) != CLIP_FILES[name]:
                 fail(f"the download of {url} came through damaged (its checksum differs); run this again")
-    if file_sha256(path) != CLIP_FILES[name]:
+    elif file_sha256(path) != CLIP_FILES[name]:
         fail(f"{path} is not OpenAI's {name} (its checksum differs); delete it and run this again")
     return path
+
+
+def received(source, url):
+    try:
+        return source.read(1 << 20)
+    except OSError as e:
+        fail(f"the download of {url} broke off ({e}); run this again")
 
 
 def build_clip(weights):
@@ -785,8 +787,7 @@ def load_clip(name, device="cpu", trust_jit=False):
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         model = build_clip(weights)
-    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, EOFError, OSError, UnpicklingError,
-            AssertionError, ArithmeticError, zipfile.BadZipFile) as e:
+    except Exception as e:  # damaged files raise many kinds
         fail(f"{path} is not a CLIP that can be read without running code in it ({' '.join(str(e).split())[:100]})")
     return Clip(model.to(device), name, device, digest(model.state_dict()))
 
@@ -860,8 +861,10 @@ class Pictures:
             if not shards:
                 fail(f"there is no folder or .tar {data}; --data takes a folder of pictures, or tar shards of them")
         root = os.path.commonpath([s.parent for s in shards]) if shards else ""
+        loose = bool(self.names)  # beside which a tar may have been unpacked: then its members keep the .tar in front
         for shard in shards:
-            self.index(shard, shard.relative_to(root).with_suffix("").as_posix() + "/" if len(shards) > 1 else "")
+            name = shard.relative_to(root) if loose else shard.relative_to(root).with_suffix("")
+            self.index(shard, f"{name.as_posix()}/" if loose or len(shards) > 1 else "")
         self.names = sorted([*self.names, *self.where])
         self.sha256 = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape")).hexdigest()  # of the names
         if not self.names:

@@ -417,9 +417,10 @@ def main():
         wanted, prompts = toy_prompts()
     else:
         try:
-            prompts = [line.strip() for line in Path(cfg.texts).read_text().splitlines() if line.strip()]
+            lines = [line.strip() for line in Path(cfg.texts).read_text().splitlines()]
         except (OSError, UnicodeDecodeError) as e:
             fail(f"{cfg.texts} can't be read ({e}); --texts takes a text file, one prompt a line")
+        prompts = list(dict.fromkeys(line for line in lines if line))  # twice the same would be one rival too many
         if len(prompts) < 2:
             fail(f"{cfg.texts} holds {len(prompts)} prompts; two or more are needed, one a line")
         source = Pictures(cfg.data)

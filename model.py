@@ -300,14 +300,12 @@ class VQGAN(nn.Module):
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): is a patch real or reconstructed? (B, 3, S, S) -> logits (B, 1, h, w)."""
 
-    def __init__(self, ch=64, layers=3):
+    def __init__(self):
         super().__init__()
-        body, c = [nn.Conv2d(3, ch, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], ch
-        for i in range(1, layers + 1):
-            c_out = ch * min(2 ** i, 8)
-            body += [nn.Conv2d(c, c_out, 4, stride=2 if i < layers else 1, padding=1, bias=False),
-                     GroupNorm(32, c_out), nn.LeakyReLU(0.2)]  # no batch statistics: ranks and batch sizes agree
-            c = c_out
+        body, c = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], 64
+        for width, stride in ((128, 2), (256, 2), (512, 1)):  # no batch statistics: ranks and batch sizes agree
+            body += [nn.Conv2d(c, width, 4, stride, padding=1, bias=False), GroupNorm(32, width), nn.LeakyReLU(0.2)]
+            c = width
         self.body = nn.Sequential(*body, nn.Conv2d(c, 1, 4, padding=1))
 
     def forward(self, x):
@@ -588,16 +586,13 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear, dtype):
         super().__init__()
-        self.gelu, self.rows = isinstance(linear, GeluLinear), 0
-        weight, bias = linear.weight.detach().to(dtype), linear.bias
-        bias = None if bias is None else bias.detach().to(dtype)
-        mkldnn = weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-        if mkldnn and dtype == torch.float32:
-            self.layout, self.weight, self.bias = "convolution", weight, bias
-        elif mkldnn and dtype == torch.bfloat16 and cpu_has_bfloat16():
-            self.layout, self.weight, self.bias = "product", torch.ops.mkldnn._reorder_linear_weight(weight, 1), bias
-        else:
-            self.layout, self.weight, self.bias = "plain", weight, bias
+        self.gelu, self.rows, self.layout = isinstance(linear, GeluLinear), 0, "plain"
+        self.weight, self.bias = linear.weight.detach().to(dtype), linear.bias.detach().to(dtype)
+        if self.weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
+            if dtype == torch.float32:
+                self.layout = "convolution"
+            elif dtype == torch.bfloat16 and cpu_has_bfloat16():
+                self.layout, self.weight = "product", torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
 
     def forward(self, x):
         then, kind = ("gelu", "none") if self.gelu else ("none", "")  # GELU's kind "none" is the exact one

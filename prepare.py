@@ -124,6 +124,8 @@ def main():
         shutil.rmtree(parts, ignore_errors=True)
         return
     splits = dict(zip(("train", "val"), split_names(names, cfg.val_percent)))
+    if not splits["train"]:
+        fail(f"all of {cfg.data} is held out, none left")
     if machine.rank == 0:
         write_json(parts / "made.json", made)
     size = cfg.image_size or vcfg.image_size
@@ -141,18 +143,18 @@ def main():
     def networks(pixels, clip_pixels):
         return rows_of(pixels, clip_pixels, vqgan, clip, machine, cfg.batch_size)
 
-    bar, bad = Progress(sum(map(len, splits.values())), unit="picture"), 0
-    for split, mine in splits.items():
-        chunks = Chunks(source, mine, cfg, size, clip.size, cfg.crops if split == "train" else 1,
-                        networks if apart else None)
-        todo = [c for c in range(machine.rank, len(chunks), machine.world)  # by number: ranks agree on who does what
-                if not (parts / f"{split}{c:06d}.npz").exists()]
-        bar(len(mine) - sum(len(chunks.part(c)) for c in todo))
-        for c, first, second, skipped in loader(chunks, todo, workers):
+    chunks = {split: Chunks(source, mine, cfg, size, clip.size, cfg.crops if split == "train" else 1,
+                            networks if apart else None) for split, mine in splits.items()}
+    todo = {split: [c for c in range(machine.rank, len(all), machine.world)  # by number: ranks agree on who does what
+                    if not (parts / f"{split}{c:06d}.npz").exists()] for split, all in chunks.items()}
+    left, total = sum(len(chunks[s].part(c)) for s in todo for c in todo[s]), len(splits["train"] + splits["val"])
+    bar, bad = Progress(total, total - left, unit="picture"), 0
+    for split in splits:
+        for c, first, second, skipped in loader(chunks[split], todo[split], workers):
             tokens, embedding = (first, second) if apart else networks(first, second)
             with whole(parts / f"{split}{c:06d}.npz") as f:
                 np.savez(f, tokens=np.asarray(tokens, dtype), clip=embedding, skipped=json.dumps(skipped))
-            bar(len(chunks.part(c)))
+            bar(len(chunks[split].part(c)))
             bad += len(skipped)
             stop_if_too_many(bad, cfg, names, skipped)
     if machine.world > 1:
@@ -244,7 +246,7 @@ def join(out, parts, splits, cfg, made, side, codes, clip, dtype, machine):
             for kind in ("tokens", "clip"):
                 (out / f"{split}_{kind}.bin").unlink()
         fail(f"none of the {len(splits['train'])} training pictures of {cfg.data} could be read, the first: "
-             f"{skipped[0] if skipped else 'all are held out'}")
+             f"{', '.join(skipped[0])}")
     files = {f"{s}_{kind}.bin": file_sha256(out / f"{s}_{kind}.bin") for s in splits for kind in ("tokens", "clip")}
     phrases, step = clip.text(GENERIC).cpu(), -(-rows["train"] // 10000)
     some = np.memmap(out / "train_clip.bin", np.float16, "r", shape=(rows["train"], clip.dim))[::step]

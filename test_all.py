@@ -679,6 +679,15 @@ def test_a_tar_is_read_as_the_folder_it_was_made_of(tmp_path, capsys):
         (tmp_path / f"shards/s{n}.tar").write_bytes((tmp_path / "a.tar").read_bytes())
     for many in (tmp_path / "shards", f"{tmp_path}/shards/*.tar"):
         assert len(common.Pictures(many).names) == 10
+    mixed = tmp_path / "mixed"  # a tar unpacked where it lies, with and without a folder of its name
+    for colour, where in (("red", "x"), ("green", "."), ("blue", "in_tar")):
+        (mixed / where).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), colour).save(mixed / where / "a.png")
+    with tarfile.open(mixed / "x.tar", "w") as tar:
+        tar.add(mixed / "in_tar/a.png", "a.png")
+    mixed = common.Pictures(mixed)
+    assert mixed.names == ["a.png", "in_tar/a.png", "x.tar/a.png", "x/a.png"]
+    assert [mixed.open(n).getpixel((0, 0)) for n in mixed.names] == [(0, 128, 0), (0, 0, 255), (0, 0, 255), (255, 0, 0)]
     (tmp_path / "bad.tar").write_bytes(b"not a tar" * 100)
     with pytest.raises(SystemExit) as e:
         common.Pictures(str(tmp_path / "bad.tar"))
@@ -1555,7 +1564,10 @@ BAD = [
     ("sample.py word --gpt=nowhere.pt", "nowhere.pt"), ("sample.py word --gpt=out/toy/vqgan.pt", "vqgan"),
     ("sample.py word --vqgan=other/vqgan.pt", "another VQGAN"), ("sample.py --image=nowhere.png", "nowhere.png"),
     ("sample.py --image=rotten/a.png", "rotten/a.png"), ("sample.py word --clip=other/clip.pt", "another CLIP"),
-    ("sample.py word --top_p=2", "from 0 to 1"), ("sample.py word --out=x.txt", ".png"),
+    ("sample.py word --top_p=2", "from 0 to 1"), ("sample.py word --dtype=~", "one of auto, float32"),
+    ("vqgan.py --flip=~ --out=out/x", "one of True, False"), ("vqgan.py --out=published", "another CLIP"),
+    ("prepare.py --vqgan=other/old.pt --out=x", "unexpected"), ("prepare.py --val_percent=100 --out=x", "held out"),
+    ("bench.py --pixels=100", "--pixels"), ("sample.py word --out=x.txt", ".png"),
     ("evaluate.py --data=empty", "no toy world"), ("evaluate.py --data=rotten --texts=nowhere.txt", "nowhere.txt"),
     ("toy.py --data=empty --out=out/x", "no toy world"),
     ("toy.py --seed=5 --out=out/x", "seed"), ("toy.py --batch_size=1 --out=out/x", "--batch_size"),
@@ -1581,6 +1593,11 @@ def bad_world(world):
     checkpoint["ema"] = {k: v + 0.01 for k, v in checkpoint["ema"].items()}
     checkpoint = {k: v for k, v in checkpoint.items() if k != "digest"} | {"sha256": common.digest(checkpoint["ema"])}
     torch.save(checkpoint | {"digest": common.digest(checkpoint)}, d / "other/vqgan.pt")
+    older = {k: v for k, v in checkpoint.items() if k != "digest"}
+    older["network"] = older["network"] | {"an option of long ago": 1}
+    torch.save(older | {"digest": common.digest(older)}, d / "other/old.pt")
+    (d / "published").mkdir()  # of taming-transformers' form
+    torch.save({"state_dict": checkpoint["ema"]}, d / "published/vqgan.pt")
     weights = torch.load(d / "out/toy/clip.pt", weights_only=True)
     torch.save(weights | {"logit_scale": weights["logit_scale"] + 1}, d / "other/clip.pt")
     return d

@@ -14,18 +14,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Progress, Run, Share, Whole, configure,
-                    digest, fail, file_sha256, learning_rate, load_clip, load_vqgan, millions, resized, save_grid,
-                    to_image)
+from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Preset, Progress, Run, Share, Whole,
+                    configure, digest, fail, file_sha256, learning_rate, load_clip, load_vqgan, millions, resized,
+                    save_grid, to_image)
 from model import GPT, GPTConfig
-
-Preset = Literal["", "paper", "24gb"]
 
 
 @dataclass

@@ -8,7 +8,6 @@ import copy
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,12 +16,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from common import (Amount, AutoWhole, Count, Device, Dtype, Machine, Muon, Pictures, Progress, Run, Share,
-                    Whole, Zoom, centre_crops, configure, crop, digest, fail, learning_rate, load_clip, millions,
+from common import (Amount, AutoWhole, Count, Device, Dtype, Machine, Muon, Pictures, Preset, Progress, Run,
+                    Share, Whole, Zoom, centre_crops, configure, crop, digest, fail, learning_rate, load_clip, millions,
                     resized, save_grid, split_names, to_image, to_tensor)
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
-
-Preset = Literal["", "paper", "24gb"]
 
 
 @dataclass
