@@ -249,8 +249,12 @@ def join(out, parts, splits, cfg, made, side, codes, clip, dtype, machine):
              f"{', '.join(skipped[0])}")
     files = {f"{s}_{kind}.bin": file_sha256(out / f"{s}_{kind}.bin") for s in splits for kind in ("tokens", "clip")}
     phrases, step = clip.text(GENERIC).cpu(), -(-rows["train"] // 10000)
-    some = np.memmap(out / "train_clip.bin", np.float16, "r", shape=(rows["train"], clip.dim))[::step]
-    some = torch.from_numpy(some.astype(np.float32))                                   # (at most 10000, D)
+    some = np.zeros((-(-rows["train"] // step), clip.dim), np.float16)                 # (at most 10000, D)
+    with open(out / "train_clip.bin", "rb") as f:  # not mapped: a mapped file's pages count as this process's memory
+        for i, row in enumerate(some):
+            f.seek(i * step * row.nbytes)
+            f.readinto(row)
+    some = torch.from_numpy(some.astype(np.float32))
     texts = text_mean(phrases, some, clip.model.logit_scale.exp().item())
     meta = {
         **made, "train_rows": rows["train"], "val_rows": rows["val"], "tokens": side ** 2,
