@@ -1751,6 +1751,22 @@ def test_memory_is_flat_over_batches(tmp_path):
     assert grows(tmp_path, 5000) < 2 ** 20
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_memory_does_not_come_to_the_size_of_the_dump(tmp_path):
+    """All of a 96 MiB dump is read, and its pages handed back (the thread that reads ahead holds some for a moment)."""
+    arrays = []
+    for name, dtype in (("tokens", np.uint16), ("clip", np.float16)):
+        np.ones((2 ** 16, 384), dtype).tofile(tmp_path / name)
+        arrays.append(np.memmap(tmp_path / name, dtype, "r", shape=(2 ** 16, 384)))
+
+    def pages():  # those of mapped files too
+        return int(Path("/proc/self/statm").read_text().split()[1])
+    batch, before = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=256)), pages()
+    for step in range(2 ** 16 // 256):
+        batch(step)
+    assert any((pages() - before) * os.sysconf("SC_PAGE_SIZE") < 16 * 2 ** 20 for _ in range(10 ** 5))
+
+
 @slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_slow_memory_is_flat_over_100_000_batches(tmp_path):

@@ -9,6 +9,7 @@ loss itself is GPT.loss in model.py; make_batches says what one step is given.""
 import copy
 import json
 import math
+import mmap
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,14 @@ def open_dump(folder):
     return meta, {s: (arrays[f"{s}_tokens.bin"], arrays[f"{s}_clip.bin"]) for s in ("train", "val")}
 
 
+def let_go(*arrays):
+    """Hand back the pages that were read of memory-mapped arrays, which count as this process's memory and would come
+    to whole files. The system keeps them for as long as it has room."""
+    for array in arrays:
+        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            array.base.madvise(mmap.MADV_DONTNEED)
+
+
 @torch.no_grad()
 def neighbour_spread(model, clip, seed, share=0.01, anchors=256, most=50000):
     """A matrix R (D, D) such that e R, e standard normal, varies as pictures of one meaning do: as the embeddings
@@ -142,7 +151,9 @@ def make_batches(tokens, clip, cfg, spread=None, idle=False):
         for array, file in files:  # all asked for before the first is waited for
             for i in index.tolist():
                 os.posix_fadvise(file.fileno(), i * array.strides[0], array.strides[0], os.POSIX_FADV_WILLNEED)
-        return tokens[index].astype(np.int64), clip[index].astype(np.float32)                      # (B, T), (B, D)
+        write, seen = tokens[index].astype(np.int64), clip[index].astype(np.float32)               # (B, T), (B, D)
+        let_go(tokens, clip)
+        return write, seen
 
     def with_noise(step, write, seen):
         rng = np.random.default_rng((cfg.seed, 1, step))
