@@ -423,7 +423,7 @@ def batches(cfg, limit, step):
             batch(i)
             seconds.append(time.perf_counter() - begun)
             time.sleep(pause)
-        return sum(seconds[5:]) / 12
+        return statistics.mean(seconds[5:])
     cold, warm = mean_time(step), mean_time(min(step, 0.05))  # the second time the same rows lie in memory
     return [row(f"batches of {b} cold rows of a {cfg.mib} MiB dump", b / cold, "rows/s", b / warm, "the same rows warm",
                 memory(Machine("cpu", "float32"))),

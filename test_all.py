@@ -1593,8 +1593,7 @@ def bad_world(world):
     checkpoint["ema"] = {k: v + 0.01 for k, v in checkpoint["ema"].items()}
     checkpoint = {k: v for k, v in checkpoint.items() if k != "digest"} | {"sha256": common.digest(checkpoint["ema"])}
     torch.save(checkpoint | {"digest": common.digest(checkpoint)}, d / "other/vqgan.pt")
-    older = {k: v for k, v in checkpoint.items() if k != "digest"}
-    older["network"] = older["network"] | {"an option of long ago": 1}
+    older = checkpoint | {"network": checkpoint["network"] | {"an option of long ago": 1}}
     torch.save(older | {"digest": common.digest(older)}, d / "other/old.pt")
     (d / "published").mkdir()  # of taming-transformers' form
     torch.save({"state_dict": checkpoint["ema"]}, d / "published/vqgan.pt")
