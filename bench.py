@@ -32,7 +32,7 @@ import train_gpt
 import vqgan
 from common import (AutoCount, Compile, Count, Device, Dtype, Machine, Pictures, clip_package, configure, digest, fail,
                     load_clip, load_vqgan, lock, write_json)
-from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfig, cpu_has_bfloat16, pick
+from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfig, cpu_has_bfloat16
 
 CLIPS = {"vit": (512, 224, 12, 768, 32, 77, 49408, 64, 1, 1),  # ViT-B/32 (its text side cut short), one that costs
          "cheap": (512, 32, (1, 1, 1, 1), 8, None, 24, 49408, 64, 1, 1),      # nothing, and the toy's
@@ -209,16 +209,24 @@ def sample(cfg, limit):
 
 
 def timed_on_gpu(gpt, cond, uniform, guidance):
-    """The seconds of each token of GPT.generate but the first, by the GPU's clock, once all is compiled."""
-    def next_token(i, logits):
-        ends.append(torch.cuda.Event(enable_timing=True))
-        ends[-1].record()
-        return pick(logits, uniform[:, i])
+    """The seconds of each token of GPT.generate but the last, by the GPU's clock, once all is compiled."""
+    record = gpt.capture
+
+    def watched(gpt, step):
+        inner = record(gpt, step) if record else step
+
+        def timed_step(i):
+            starts.append(torch.cuda.Event(enable_timing=True))
+            starts[-1].record()
+            inner(i)
+        return timed_step
+    gpt.capture = watched
     for _ in range(2):
-        ends = []
-        gpt.decode_logits(cond, next_token, guidance)
+        starts = []
+        gpt.generate(cond, uniform, guidance)
+    gpt.capture = record
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1000 for a, b in zip(ends, ends[1:])]
+    return [a.elapsed_time(b) / 1000 for a, b in zip(starts, starts[1:])]
 
 
 def timed(gpt, cond, uniform, guidance, products, every):

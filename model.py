@@ -442,9 +442,9 @@ class GPT(nn.Module):
     def decode_logits(self, cond, next_token, guidance=1.0):
         """Write one picture per row with a key-value cache. Returns tokens (B, T).
 
-        next_token(i, logits (B, K)) -> tokens (B,) chooses token i; the logits are good until it returns. With guidance
-        g != 1 the same pass carries a second set of rows without condition, and logits = null + g (cond - null) (Ho &
-        Salimans 2022).
+        next_token(i, logits (B, K)) -> tokens (B,) chooses token i; i is a number, or where kernels.py records what is
+        done for a token a tensor (1,), and what is not done by the GPU is done but once. With guidance g != 1 the same
+        pass carries a second set of rows without condition, and logits = null + g (cond - null) (Ho & Salimans 2022).
         """
         assert guidance == 1.0 or not self.cfg.classic, "a classic GPT has no null embedding, so no guidance"
         b, t_max, c, h = len(cond), self.cfg.grid ** 2, self.cfg.n_embd, self.cfg.n_head
@@ -453,26 +453,35 @@ class GPT(nn.Module):
             x = torch.cat([x, self.null.expand_as(x)])                                          # (2B, 1, C)
         kept = torch.float32 if x.device.type == "cpu" else self.head.weight.dtype              # as `attend` reads it
         caches = x.new_zeros(len(self.blocks), len(x), 2, h, t_max, c // h, dtype=kept)         # keys and values
-        tokens = torch.empty(b, t_max, dtype=torch.long, device=x.device)
-        run = self.run
-        if self.capture:
-            try:
-                run = self.capture(self, x, caches)
-            except Exception as e:  # compiling can fail in many ways
-                warnings.warn(f"kernels.py can't be used here ({type(e).__name__}: {e}), sampling call by call")
-                self.capture = None
-        for i in range(t_max):
+        tokens = torch.empty(t_max, b, dtype=torch.long, device=x.device)
+
+        def step(i, run=self.run):
             logits = run(x, i, caches)[:, 0].float()                                            # (B or 2B, K)
             if guidance != 1.0:
                 logits = logits[b:] + guidance * (logits[:b] - logits[b:])                      # (B, K)
-            tokens[:, i] = chosen = next_token(i, logits)
-            x = self.tok_emb(chosen if guidance == 1.0 else chosen.repeat(2))[:, None]          # (B or 2B, 1, C)
-        return tokens
+            tokens[i] = chosen = next_token(i, logits)
+            x.view(-1, b, c).copy_(self.tok_emb(chosen))                                        # (1 or 2, B, C)
+        if self.capture:
+            start = x.clone()
+            try:
+                step = self.capture(self, step)
+            except Exception as e:  # compiling can fail in many ways
+                warnings.warn(f"kernels.py can't be used here ({type(e).__name__}: {e}), sampling call by call")
+                self.capture = None
+            x.copy_(start)
+        for i in range(t_max):
+            step(i)
+        return tokens.T.contiguous()
 
     def pack(self, dtype):
         """Make this a network that only samples, in `dtype`, for good: every Linear is packed; the stream between the
         blocks and norms stay float32, and on a CPU the cache. There self.head and the like are plain functions; on a
         GPU kernels.py takes the place of `run`, where there is Triton."""
+        if self.pos_emb.device.type == "cuda":
+            with contextlib.suppress(ImportError):  # where there is no Triton
+                from kernels import capture, fold
+                fold(self)
+                self.capture = capture
         for module in list(self.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
@@ -480,10 +489,6 @@ class GPT(nn.Module):
                     setattr(module, name, child)
                 if self.pos_emb.device.type == "cpu" and nn.ModuleList not in (type(module), type(child)):
                     module.__dict__[name] = child.forward  # found first: no bookkeeping of nn.Module's in its calls
-        if self.pos_emb.device.type == "cuda":
-            with contextlib.suppress(ImportError):  # where there is no Triton
-                from kernels import capture
-                self.capture = capture
         return self
 
     def generate(self, cond, uniform, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0):
@@ -492,8 +497,8 @@ class GPT(nn.Module):
         The randomness comes in as numbers, one per token, so that a picture depends on its own row alone. top_k=0 and
         top_p=1 keep everything; temperature 0 takes the likeliest token.
         """
-        return self.decode_logits(cond, lambda i, logits: pick(logits, uniform[:, i], temperature, top_k, top_p),
-                                  guidance)
+        return self.decode_logits(cond, lambda i, logits: pick(logits, uniform.T[i].flatten(), temperature, top_k,
+                                                               top_p), guidance)
 
 
 def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -507,13 +512,13 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     k, codes = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1], None
     if k < logits.shape[-1] or top_p < 1:
         logits, codes = logits.topk(k, -1)                                                      # (B, k), falling
-    p = F.softmax(logits / temperature, -1)
+    p = F.softmax(logits if temperature == 1 else logits / temperature, -1)
     mass = p.cumsum(-1)
     if top_p < 1:
         above = mass - p                                                                        # 0 for the first
         p = torch.where((above < top_p) | (above <= 0), p, 0.0)  # keeps the code that crosses top_p and the first
         mass = p.cumsum(-1)
-    i = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=k - 1)              # (B, 1)
+    i = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).clamp(max=k - 1)        # (B, 1)
     return (i if codes is None else codes.gather(-1, i))[:, 0]
 
 
