@@ -442,9 +442,10 @@ class GPT(nn.Module):
     def decode_logits(self, cond, next_token, guidance=1.0):
         """Write one picture per row with a key-value cache. Returns tokens (B, T).
 
-        next_token(i, logits (B, K)) -> tokens (B,) chooses token i; i is a number, or where kernels.py records what is
-        done for a token a tensor (1,), and what is not done by the GPU is done but once. With guidance g != 1 the same
-        pass carries a second set of rows without condition, and logits = null + g (cond - null) (Ho & Salimans 2022).
+        next_token(i, logits (B, K)) -> tokens (B,) chooses token i. Where kernels.py records the step i is not a number
+        but a tensor (1,), and of what next_token does only the GPU's part is repeated for each token. With guidance
+        g != 1 the same pass carries a second set of rows without condition, and logits = null + g (cond - null) (Ho &
+        Salimans 2022).
         """
         assert guidance == 1.0 or not self.cfg.classic, "a classic GPT has no null embedding, so no guidance"
         b, t_max, c, h = len(cond), self.cfg.grid ** 2, self.cfg.n_embd, self.cfg.n_head
@@ -497,8 +498,9 @@ class GPT(nn.Module):
         The randomness comes in as numbers, one per token, so that a picture depends on its own row alone. top_k=0 and
         top_p=1 keep everything; temperature 0 takes the likeliest token.
         """
-        return self.decode_logits(cond, lambda i, logits: pick(logits, uniform.T[i].flatten(), temperature, top_k,
-                                                               top_p), guidance)
+        def choose(i, logits):
+            return pick(logits, uniform.T[i].flatten(), temperature, top_k, top_p)
+        return self.decode_logits(cond, choose, guidance)
 
 
 def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
