@@ -442,10 +442,10 @@ class GPT(nn.Module):
     def decode_logits(self, cond, next_token, guidance=1.0):
         """Write one picture per row with a key-value cache. Returns tokens (B, T).
 
-        next_token(i, logits (B, K)) -> tokens (B,) chooses token i. Where kernels.py records the step i is not a number
-        but a tensor (1,), and of what next_token does only the GPU's part is repeated for each token. With guidance
-        g != 1 the same pass carries a second set of rows without condition, and logits = null + g (cond - null) (Ho &
-        Salimans 2022).
+        next_token(i, logits (B, K)) -> tokens (B,) chooses token i. Where kernels.py records the step it is called but
+        twice, with i a tensor (1,) instead of a number, and what it has the GPU do is repeated for every token: it must
+        not wait for the GPU. With guidance g != 1 the same pass carries a second set of rows without condition, and
+        logits = null + g (cond - null) (Ho & Salimans 2022).
         """
         assert guidance == 1.0 or not self.cfg.classic, "a classic GPT has no null embedding, so no guidance"
         b, t_max, c, h = len(cond), self.cfg.grid ** 2, self.cfg.n_embd, self.cfg.n_head
@@ -477,8 +477,8 @@ class GPT(nn.Module):
     def pack(self, dtype):
         """Make this a network that only samples, in `dtype`, for good: every Linear is packed; the stream between the
         blocks and norms stay float32, and on a CPU the cache. There self.head and the like are plain functions; on a
-        GPU kernels.py takes the place of `run`, where there is Triton."""
-        if self.pos_emb.device.type == "cuda":
+        GPU, where there is Triton, kernels.py takes the place of `run` and the norms' gains into the weights."""
+        if self.pos_emb.device.type == "cuda" and not self.capture:
             with contextlib.suppress(ImportError):  # where there is no Triton
                 from kernels import capture, fold
                 fold(self)
@@ -499,7 +499,7 @@ class GPT(nn.Module):
         top_p=1 keep everything; temperature 0 takes the likeliest token.
         """
         def choose(i, logits):
-            return pick(logits, uniform.T[i].flatten(), temperature, top_k, top_p)
+            return pick(logits, uniform[:, i].flatten(), temperature, top_k, top_p)
         return self.decode_logits(cond, choose, guidance)
 
 

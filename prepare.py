@@ -179,8 +179,9 @@ def workers_for(machine):
 def loader(chunks, todo, workers):
     """The items `todo` of `chunks`, in order, made by worker processes."""
     computing = bool(workers and chunks.networks)
+    ahead = 1 if computing else 2  # a worker beside a GPU goes on while its chunk waits for the others'
     return torch.utils.data.DataLoader(chunks, None, sampler=todo, num_workers=workers,
-                                       prefetch_factor=1 if workers else None,
+                                       prefetch_factor=ahead if workers else None,
                                        multiprocessing_context="fork" if computing else None,
                                        worker_init_fn=end_with_parent if computing else None)
 

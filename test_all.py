@@ -1652,7 +1652,7 @@ def forced_logits(model, cond, tokens, guidance=1.0):
 
     def forced(i, logits):
         seen[i] = logits
-        return tokens.T[i].flatten()
+        return tokens[:, i].flatten()
     model.decode_logits(cond, forced, guidance)
     return seen.transpose(0, 1)
 
@@ -1707,6 +1707,7 @@ def test_kernels_for_a_gpu_compute_the_same_network():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 5e-3), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("rows, guidance, shape", [(1, 1.0, {}), (1, 2.0, {}), (3, 1.0, {}), (3, 2.0, {}),
+                                                   (1, 2.0, {"n_embd": 272, "n_head": 2, "codes": 100}),
                                                    (1, 1.0, {"n_embd": 1024, "n_head": 16, "n_layer": 8})])
 def test_sampling_on_a_gpu_is_the_same_network(rows, guidance, shape, dtype, tolerance):
     pytest.importorskip("triton")
@@ -1718,6 +1719,26 @@ def test_sampling_on_a_gpu_is_the_same_network(rows, guidance, shape, dtype, tol
         off = (forced_logits(packed, cond, tokens, guidance) - exact).norm() / exact.norm()
         assert off < tolerance * guidance
     assert packed.capture  # has not failed
+    uniform = torch.rand(rows, 16, generator=torch.Generator().manual_seed(3)).cuda()
+    options = {"guidance": guidance, "temperature": 0.7, "top_k": 20, "top_p": 0.9}
+    made = packed.generate(cond, uniform, **options)  # the choice of a token is recorded as well
+    packed.capture = None
+    if dtype == torch.float32:
+        assert torch.equal(made, packed.generate(cond, uniform, **options))
+
+
+def test_where_kernels_fail_sampling_goes_on_without():
+    model, uniform = tiny_gpt(), torch.rand(3, 16, generator=torch.Generator().manual_seed(3))
+    cond = model.condition(some(3, 24))
+    exact = model.generate(cond, uniform, guidance=2.0)
+
+    def failing(gpt, step):
+        step(0)
+        raise RuntimeError("no such kernel")
+    model.capture = failing
+    with pytest.warns(UserWarning, match="no such kernel"):
+        assert torch.equal(model.generate(cond, uniform, guidance=2.0), exact)
+    assert model.capture is None
 
 
 def test_reading_ahead_changes_no_batch(tmp_path):
