@@ -63,8 +63,9 @@ def product(x, weight, bias, y, N, K: tl.constexpr, R: tl.constexpr, BN: tl.cons
         out = tl.sum(tl.sum(w.to(tl.float32) * v[None], 1), 1)                                    # (BN,)
         if NORM:
             v = tl.ravel(v)
-            first, second = tl.reduce((v, v * v), 0, add_both)
-            out *= tl.rsqrt(tl.maximum(second / K - (first / K) * (first / K), 0.0) + 1e-5)
+            total, squares = tl.reduce((v, v * v), 0, add_both)
+            mean = total / K
+            out *= tl.rsqrt(tl.maximum(squares / K - mean * mean, 0.0) + 1e-5)
         out += rest
         if GELU:
             out = 0.5 * out * (1 + tl.erf(out * 0.7071067811865476))

@@ -145,8 +145,9 @@ def main():
 
     chunks = {split: Chunks(source, mine, cfg, size, clip.size, cfg.crops if split == "train" else 1,
                             networks if apart else None) for split, mine in splits.items()}
-    todo = {split: [c for c in range(machine.rank, len(chunks[split]), machine.world)  # by number: ranks agree on who
-                    if not (parts / f"{split}{c:06d}.npz").exists()] for split in splits}  # does what
+    # by number, so that ranks agree on who does what
+    todo = {split: [c for c in range(machine.rank, len(chunks[split]), machine.world)
+                    if not (parts / f"{split}{c:06d}.npz").exists()] for split in splits}
     left, total = sum(len(chunks[s].part(c)) for s in todo for c in todo[s]), sum(map(len, splits.values()))
     bar, bad = Progress(total, total - left, unit="picture"), 0
     for split in splits:

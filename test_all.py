@@ -46,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "igno
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: make test-slow")
 
 
-def fill_zeros(model, seed=1):
+def fill_constants(model, seed=1):
     """Noise into every tensor that is all zero or all one, so that no equality holds by accident."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def tiny_gpt(classic=False, fill=True, **changes):
     torch.manual_seed(0)
     cfg = {"codes": 48, "grid": 4, "cond_dim": 24, "n_layer": 3, "n_head": 4, "n_embd": 64, "classic": classic}
     model = GPT(GPTConfig(**cfg | changes)).eval()
-    return fill_zeros(model) if fill else model
+    return fill_constants(model) if fill else model
 
 
 def tiny_vqgan(**changes):
@@ -265,7 +265,7 @@ def test_nearest_codes_equal_brute_force_in_float64(l2_norm):
 
 
 def test_encode_decode_agree_with_forward_and_flow_gradients():
-    model = fill_zeros(tiny_vqgan()).eval()
+    model = fill_constants(tiny_vqgan()).eval()
     model.quantize.embedding.weight.data.normal_()
     x = some(2, 3, 16, 16)
     recon, loss, tokens, z = model(x)
