@@ -212,8 +212,8 @@ def timed_on_gpu(gpt, cond, uniform, guidance):
     """The seconds of each token of GPT.generate but the last, by the GPU's clock, once all is compiled."""
     record = gpt.capture
 
-    def watched(gpt, step):
-        inner = record(gpt, step) if record else step
+    def watched(gpt, step, *others):
+        inner = record(gpt, step, *others) if record else step
 
         def timed_step(i):
             starts.append(torch.cuda.Event(enable_timing=True))

@@ -1,103 +1,153 @@
 """Sampling on a GPU: a token of model.GPT.decode_logits in as few and as short steps as can be.
 
 Written call by call, a token of 24 layers starts about 400 small kernels, and starting them takes far longer than
-reading the weights, which is all that one picture's token has to wait for. Two things change that. A whole token, from
-its embedding to the choice of the next, is recorded as a CUDA graph, anew for each batch of pictures, and replayed
-(`capture`). And for one or two rows (a picture, and itself without condition) what lies between two waits is one
-kernel, five a layer: a norm, the product behind it and what follows that are `product`, the new key and value and the
-attention over all so far are `attention`. From Hopper on each loads its weights, or the keys and values so far, while
-the kernels before it still compute: they do not depend on them ("programmatic dependent launch").
+reading the weights, which is all that a token has to wait for. Three things change that. A whole token, from its
+embedding to the next one's, is recorded as a CUDA graph, anew for each batch of pictures, and replayed (`capture`). For
+up to 16 rows (8 pictures, and themselves without condition) what lies between two waits is one kernel, five a layer: a
+norm, the product behind it and what follows that are `product`, the new key and value and the attention over all so far
+are `attention`; one more, `choose`, draws the token. And from Hopper on each loads its weights, or keys and values,
+while the kernels before it still compute, since it does not depend on them ("programmatic dependent launch"): weights
+go by the tensor memory accelerator right into shared memory, of which a GPU has room for a layer or more.
 
-Triton, in which the two are written, comes with torch for CUDA. Where it is missing or fails GPT samples by GPT.run."""
+Triton, in which they are written, comes with torch for CUDA. Where it is missing or fails GPT samples by GPT.run."""
+import ctypes
 import functools
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton import cdiv, next_power_of_2
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from model import Draw
 
 
 @torch.no_grad()
 def fold(gpt):
-    """Takes all of a LayerNorm but the division by the standard deviation into the weights behind it, for good.
+    """Takes all of a LayerNorm but the division into the weights around it, for good.
 
-    W (g (x - mean) / std + h) + b = V x / std + (W h + b), where V is W g less the mean of each of its rows: x - mean
-    is x without what it has in common with (1, ..., 1), and V gives 0 for that; in half precision nearly 0, which will
-    do, for the inputs' mean is a few hundredths of their deviation (in the demo's GPT 0.08 at most)."""
+    A norm takes the stream's mean away. So what is added to the stream is given none, embeddings and the layers that
+    write to it alike: then the standard deviation is the root of the mean square. Gain g and shift h go into the weights
+    behind: W (g x / std + h) + b = (W g) x / std + (W h + b)."""
+    added = [gpt.tok_emb.weight, gpt.pos_emb, gpt.cond_proj.weight.T, gpt.cond_proj.bias]               # (..., C)
+    added += [] if gpt.null is None else [gpt.null]
+    added += [w for b in gpt.blocks for layer in (b.proj, b.fc_out) for w in (layer.weight.T, layer.bias)]
+    for w in added:
+        w -= w.mean(-1, keepdim=True)
     pairs = [pair for b in gpt.blocks for pair in ((b.ln_1, b.qkv), (b.ln_2, b.fc))]
     for norm, linear in [*pairs, (gpt.ln_f, gpt.head)]:
         linear.bias += linear.weight @ norm.bias
         linear.weight *= norm.weight
-        linear.weight -= linear.weight.mean(1, keepdim=True)
         norm.weight.fill_(1)
         norm.bias.zero_()
 
 
 @triton.jit
-def add_both(a, b, c, d):
-    return a + c, b + d
+def product(x, weight, bias, y, stream, N, K: tl.constexpr, R: tl.constexpr, P: tl.constexpr, KP: tl.constexpr,
+            BN: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr):
+    """y (R, N) = f(norm(x (R, K)) @ weight.T + bias); where there is a float32 `stream` (R, N) that is added and the
+    sum written to both. Of the norm, `fold` has left the division. A program makes BN columns of y.
 
-
-@triton.jit
-def product(x, weight, bias, y, N, K: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr,
-            GELU: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr):
-    """y (R, N) = f(norm(x (R, K)) @ weight (N, K).T + bias) or, if ADD, y += that; of the norm, `fold` has left the
-    division. A program makes BN columns of y.
-
-    The weights lie in three dimensions, (BN, J, W), so that Triton gives a warp whole rows of them and a thread some
-    neighbours in each of the J parts of a row: most of the sum is then within a thread, the rest within a warp."""
+    The weight (N, K) is described as (K / KP, N, KP), for P parts of a row: a warp multiplies a part of all rows by
+    tensor cores, since Triton shares the first dimension of a product of three among the warps, and then they add up."""
     if EARLY:  # the kernel behind this one may start: it waits below, after what it can do before
         tl.extra.cuda.gdc_launch_dependents()
-    W: tl.constexpr = min(256, next_power_of_2(K))
-    J: tl.constexpr = next_power_of_2(cdiv(K, W))
-    n, k = tl.arange(0, BN), tl.arange(0, J)[:, None] * W + tl.arange(0, W)[None, :]              # (BN,), (J, W)
-    at = tl.program_id(0) * BN + n
-    w = tl.load(weight + tl.program_id(0).to(tl.int64) * BN * K + (n[:, None, None] * K + k[None]),
-                mask=(at < N)[:, None, None] & (k < K)[None], other=0.0)                          # (BN, J, W)
+    at, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, next_power_of_2(R))
+    k = tl.arange(0, P)[:, None, None] * KP + tl.arange(0, KP)[None, None, :]                     # (P, 1, KP)
+    w = weight.load([0, tl.program_id(0) * BN, 0])                                                # (P, BN, KP)
     b = tl.load(bias + at, mask=at < N, other=0.0).to(tl.float32)                                 # (BN,)
     if EARLY:  # what stands above has not waited for the kernel before, whose results are read from here on
         tl.extra.cuda.gdc_wait()
-    for r in tl.static_range(R):
-        v = tl.load(x + r * K + k, mask=k < K, other=0.0).to(tl.float32)                          # (J, W)
-        rest = b + tl.load(y + r * N + at, mask=at < N, other=0.0) if ADD else b
-        out = tl.sum(tl.sum(w.to(tl.float32) * v[None], 1), 1)                                    # (BN,)
-        if NORM:
-            v = tl.ravel(v)
-            total, squares = tl.reduce((v, v * v), 0, add_both)
-            mean = total / K
-            out *= tl.rsqrt(tl.maximum(squares / K - mean * mean, 0.0) + 1e-5)
-        out += rest
-        if GELU:
-            out = 0.5 * out * (1 + tl.erf(out * 0.7071067811865476))
-        tl.store(y + r * N + at, out.to(y.dtype.element_ty), mask=at < N)
+    v = tl.load(x + (r[None, :, None] * K + k), mask=(r < R)[None, :, None] & (k < K), other=0.0)  # (P, R, KP)
+    out = tl.sum(tl.dot(w, tl.permute(v, (0, 2, 1)), input_precision="ieee"), 0)                                          # (BN, R)
+    if NORM:
+        v = v.to(tl.float32)
+        out *= tl.rsqrt(tl.sum(tl.sum(v * v, 2), 0) / K + 1e-5)[None, :]
+    out += b[:, None]
+    place, real = r[None, :] * N + at[:, None], (r < R)[None, :] & (at < N)[:, None]              # (BN, R)
+    if stream is not None:
+        out += tl.load(stream + place, mask=real, other=0.0)
+        tl.store(stream + place, out, mask=real)
+    if GELU:
+        out = 0.5 * out * (1 + tl.erf(out * 0.7071067811865476))
+    tl.store(y + place, out.to(y.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def attention(qkv, cache, position, y, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+def load_both(where, first, now, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, TP: tl.constexpr,
+              DP: tl.constexpr):
+    """Keys and values (P, TP, DP) of P * TP positions from `first` on, as far as they lie before `now`."""
+    t = first + tl.arange(0, P)[:, None] * TP + tl.arange(0, TP)[None, :]                         # (P, TP)
+    d = tl.arange(0, DP)
+    place, past = t[:, :, None] * D + d[None, None, :], (t < now)[:, :, None] & (d < D)[None, None, :]
+    return tl.load(where + place, mask=past, other=0.0), tl.load(where + H * T * D + place, mask=past, other=0.0), t
+
+
+@triton.jit
+def attention(qkv, cache, position, y, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+              TP: tl.constexpr, DP: tl.constexpr, EARLY: tl.constexpr):
     """y (R, H*D) = what each head of the one query in qkv (R, 3*H*D) sees of the keys and values so far, in cache
-    (R, 2, H, T, D), to which its own are added at `position`. A program is one head of one row."""
+    (R, 2, H, T, D), to which its own are added at `position`. A program is one head of one row, which looks at P * TP
+    positions at a time, TP a warp, and begins with its own."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row, head, C = tl.program_id(0).to(tl.int64), tl.program_id(1), H * D
-    t, d, now = tl.arange(0, next_power_of_2(T)), tl.arange(0, next_power_of_2(D)), tl.load(position)
+    d, now = tl.arange(0, DP), tl.load(position)
     where = cache + (row * 2 * H + head) * T * D                                                  # of its keys
-    place, past = t[:, None] * D + d[None, :], (t < now)[:, None] & (d < D)[None, :]
-    keys = tl.load(where + place, mask=past, other=0.0)                                           # (T, D)
-    values = tl.load(where + H * T * D + place, mask=past, other=0.0)
+    keys, values, t = load_both(where, 0, now, T, H, D, P, TP, DP)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     mine = qkv + row * 3 * C + head * D + d
-    q = tl.load(mine, mask=d < D, other=0.0).to(tl.float32) * D ** -0.5                           # (D,)
-    k = tl.load(mine + C, mask=d < D, other=0.0).to(cache.dtype.element_ty)
-    v = tl.load(mine + 2 * C, mask=d < D, other=0.0).to(cache.dtype.element_ty)
+    q = tl.load(mine, mask=d < D, other=0.0)                                                      # (DP,)
+    k = tl.load(mine + C, mask=d < D, other=0.0)
+    v = tl.load(mine + 2 * C, mask=d < D, other=0.0)
     tl.store(where + now * D + d, k, mask=d < D)
     tl.store(where + H * T * D + now * D + d, v, mask=d < D)
-    score = tl.where(t < now, tl.sum(keys.to(tl.float32) * q[None, :], 1), -float("inf"))         # (T,)
-    own = tl.sum(k.to(tl.float32) * q, 0)
-    most = tl.maximum(tl.max(score, 0), own)
-    p, p_own = tl.exp(score - most), tl.exp(own - most)
-    out = tl.sum(values.to(tl.float32) * p[:, None], 0) + p_own * v.to(tl.float32)                # (D,)
-    tl.store(y + row * C + head * D + d, (out / (tl.sum(p, 0) + p_own)).to(y.dtype.element_ty), mask=d < D)
+    scale: tl.constexpr = D ** -0.5 * 1.4426950408889634  # log2(e), for powers of 2
+    most, total, out = tl.sum(k.to(tl.float32) * q.to(tl.float32), 0) * scale, 1.0, v.to(tl.float32)
+    queries = tl.broadcast_to(q[None, :, None], (P, DP, 1))
+    for first in tl.static_range(0, T, P * TP):
+        if first > 0:
+            keys, values, t = load_both(where, first, now, T, H, D, P, TP, DP)
+        score = tl.reshape(tl.dot(keys, queries, input_precision="ieee"), (P, TP)) * scale
+        score = tl.where(t < now, score, -float("inf"))
+        before, most = most, tl.maximum(most, tl.max(tl.max(score, 1), 0))
+        p, less = tl.exp2(score - most), tl.exp2(before - most)                                   # (P, TP)
+        total = total * less + tl.sum(tl.sum(p, 1), 0)
+        seen = tl.dot(p.to(values.dtype)[:, None, :], values, input_precision="ieee")                   # (P, 1, DP)
+        out = out * less + tl.sum(tl.reshape(seen, (P, DP)), 0)
+    tl.store(y + row * C + head * D + d, (out / total).to(y.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def choose(logits, uniform, temperature, guidance, tokens, embeddings, places, stream, x, position, B: tl.constexpr,
+           T: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr):
+    """Token `position` of B pictures into tokens (T, B), as model.pick draws it from all codes: logits (ROWS*B, K),
+    of which a second half is without condition, and uniform numbers (B, T). Then its embedding, at the next position,
+    into the float32 stream (ROWS*B, C) and into x, of the products' type. A program is one picture, and what it counts
+    in `position` (B,) is its own, so that none waits for another."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    b, k, c = tl.program_id(0), tl.arange(0, next_power_of_2(K)), tl.arange(0, next_power_of_2(C))
+    now = tl.load(position + b)
+    u = tl.load(uniform + b * T + now)
+    place = tl.load(places + tl.minimum(now + 1, T - 1) * C + c, mask=c < C)                      # (C,)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    z = tl.load(logits + b * K + k, mask=k < K, other=-float("inf")).to(tl.float32)               # (K,)
+    if ROWS == 2:
+        null = tl.load(logits + (B + b) * K + k, mask=k < K, other=0.0).to(tl.float32)
+        z = null + guidance * (z - null)
+    z /= temperature
+    mass = tl.cumsum(tl.exp(z - tl.max(z, 0)), 0)
+    token = tl.minimum(tl.sum((mass <= u * tl.max(mass, 0)).to(tl.int32), 0), K - 1)
+    tl.store(tokens + now * B + b, token.to(tl.int64))
+    e = tl.load(embeddings + token * C + c, mask=c < C) + place
+    for r in tl.static_range(ROWS):
+        tl.store(stream + (r * B + b) * C + c, e, mask=c < C)
+        tl.store(x + (r * B + b) * C + c, e.to(x.dtype.element_ty), mask=c < C)
+    tl.store(position + b, now + 1)
 
 
 def early(device):
@@ -106,38 +156,62 @@ def early(device):
     return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
 
-def linear(x, layer, norm=None, add=None):
-    """A packed Linear, on rows x (R, K): layer(norm(x)) after `fold`, a GELU behind it where the layer has one, added
-    to `add` (R, N) in place if given. More than two rows are left to cuBLAS."""
-    rows, k = x.shape
-    if rows > 2:
-        y = layer(x if norm is None else norm(x))
-        return y if add is None else add.add_(y)
-    n = len(layer.weight)
-    y = x.new_empty(rows, n) if add is None else add
-    columns = max(1, (8192 if k <= 2048 else 32768) // next_power_of_2(k))  # as many as fit into a program's registers
-    product[(cdiv(n, columns),)](x, layer.weight, layer.bias, y, n, k, rows, columns, norm is not None, layer.gelu,
-                                 add is not None, num_warps=4 if k <= 2048 else 8, **early(x.device))
+@functools.cache
+def share_memory(function):
+    """Have a kernel run with three quarters of a multiprocessor's memory as shared memory and the rest as its cache.
+    Kernels of unlike shares never run side by side there, and by default each has the share it asks for."""
+    carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
+    ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), carveout, 75)
+
+
+def launch(kernel, grid, *args, **options):
+    options |= early(args[0].device)
+    compiled = kernel[grid](*args, **options)
+    if options["EARLY"]:
+        share_memory(compiled.function)
+
+
+def linear(x, layer, norm=False, stream=None, most=32):
+    """A packed Linear, on rows x (R, K): layer(norm(x)) after `fold`, a GELU behind it where the layer has one; where a
+    stream (R, N) is given it is added to that in place and the sum returned. A program makes as many columns as it has
+    room for, and at most `most`. Many rows, odd widths and float32 are cuBLAS's."""
+    (rows, k), n, warps = x.shape, len(layer.weight), 4 if x.shape[1] <= 2048 else 8
+    part = min(k & -k, next_power_of_2(cdiv(k, warps)))  # a power of 2 that divides k
+    if rows > 16 or part < 16 or x.dtype == torch.float32:
+        y = layer(F.layer_norm(x, (k,)) if norm else x)
+        return y if stream is None else stream.add_(y).to(y.dtype)
+    parts, columns = next_power_of_2(k // part), min(most, max(1, 2 ** 15 // next_power_of_2(k)))
+    weight = TensorDescriptor(layer.weight, [k // part, n, part], [part, k, 1], [parts, columns, part])
+    y = x.new_empty(rows, n)
+    launch(product, (cdiv(n, columns),), x, weight, layer.bias, y, stream, n, k, rows, parts, part, columns, norm,
+           layer.gelu, num_warps=warps)
     return y
 
 
 def attend(qkv, cache, position):
     """Queries, keys and values qkv (R, 3C) of one position -> (R, C), the cache (R, 2, H, T, hd) filled up there."""
     rows, _, heads, t, d = cache.shape
-    y = qkv.new_empty(rows, heads * d)
-    warps = min(32, max(4, next_power_of_2(t) * next_power_of_2(d) // 2048))
-    attention[(rows, heads)](qkv, cache, position, y, t, heads, d, num_warps=warps, **early(qkv.device))
+    width = max(16, next_power_of_2(d))
+    seen = max(16, min(next_power_of_2(t), 2 ** 14 // width))  # positions at a time: what shared memory can hold
+    parts, y = min(4, seen // 16), qkv.new_empty(rows, heads * d)
+    launch(attention, (rows, heads), qkv, cache, position, y, t, heads, d, parts, seen // parts, width, num_warps=4)
     return y
 
 
-def run(gpt, x, position, caches):
-    """GPT.run at one position, a tensor (1,): x (R, 1, C), caches (n_layer, R, 2, H, T, hd) -> logits (R, 1, K)."""
-    x = (x + gpt.pos_emb[position])[:, 0]                                                         # (R, C)
+def network(gpt, stream, x, position, caches):
+    """One position of the blocks and the head: its embeddings (R, C), in float32 and as x in the products' type, and
+    caches (n_layer, R, 2, H, T, hd) -> logits (R, K). Columns a program were tried on an H100."""
     for block, cache in zip(gpt.blocks, caches):
-        y = attend(linear(x, block.qkv, block.ln_1), cache, position)
-        linear(y, block.proj, add=x)
-        linear(linear(x, block.fc, block.ln_2), block.fc_out, add=x)
-    return linear(x, gpt.head, gpt.ln_f)[:, None]
+        y = attend(linear(x, block.qkv, norm=True, most=16), cache, position)
+        x = linear(y, block.proj, stream=stream)
+        x = linear(linear(x, block.fc, norm=True), block.fc_out, stream=stream)
+    return linear(x, gpt.head, norm=True)
+
+
+def run(gpt, x, position, caches):
+    """GPT.run at one position, a tensor (1,): x (R, 1, C) -> logits (R, 1, K)."""
+    stream = (x + gpt.pos_emb[position])[:, 0]                                                    # (R, C)
+    return network(gpt, stream, stream.to(gpt.head.weight.dtype), position, caches)[:, None]
 
 
 @functools.cache
@@ -146,13 +220,25 @@ def side_stream(device):
     return torch.cuda.Stream(device)
 
 
-def capture(gpt, step):
-    """step(i, run), which writes token i, as a CUDA graph: a function of i. It is run once before, for token 0, since
-    what is done but once, compiling above all, can't be recorded."""
-    if next_power_of_2(gpt.cfg.grid ** 2) * next_power_of_2(gpt.cfg.n_embd // gpt.cfg.n_head) > 2 ** 16:
-        raise ValueError("a head's keys are more than a kernel can hold")
-    position = torch.zeros(1, dtype=torch.long, device=gpt.pos_emb.device)
-    token, beside = functools.partial(step, position, functools.partial(run, gpt)), side_stream(position.device)
+def capture(gpt, step, x, caches, tokens, draw, guidance):
+    """A token of GPT.decode_logits as a CUDA graph: a function of its number, to be called in order.
+
+    Where `draw` is a model.Draw from all codes, `choose` does what follows the logits. Otherwise step(i, run), which
+    writes token i, is recorded as it stands. Either is run once before, since what is done but once, compiling above
+    all, can't be recorded."""
+    b, device = tokens.shape[1], x.device
+    position, stream = torch.zeros(b, dtype=torch.long, device=device), (x + gpt.pos_emb[:1])[:, 0]
+    rows, start, half = len(stream) // b, stream.clone(), stream.to(gpt.head.weight.dtype)
+
+    def token():
+        if isinstance(draw, Draw) and draw.from_all:
+            launch(choose, (b,), network(gpt, stream, half, position, caches), draw.uniform, draw.temperature, float(guidance),
+                   tokens, gpt.tok_emb.weight, gpt.pos_emb, stream, half, position, *reversed(tokens.shape),
+                   gpt.cfg.codes, gpt.cfg.n_embd, rows, num_warps=16)
+        else:
+            step(position[:1], functools.partial(run, gpt))
+            position.add_(1)
+    beside = side_stream(device)
     beside.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(beside):
@@ -162,8 +248,10 @@ def capture(gpt, step):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         token()
+    position.zero_()
+    stream.copy_(start)
+    half.copy_(start)
 
-    def replay(i):
-        position.fill_(i)
+    def replay(i, kept=token):  # whose tensors the graph reads and writes
         graph.replay()
     return replay

@@ -444,8 +444,8 @@ class GPT(nn.Module):
 
         next_token(i, logits (B, K)) -> tokens (B,) chooses token i. Where kernels.py records the step it is called but
         twice, with i a tensor (1,) instead of a number, and what it has the GPU do is repeated for every token: it must
-        not wait for the GPU. With guidance g != 1 the same pass carries a second set of rows without condition, and
-        logits = null + g (cond - null) (Ho & Salimans 2022).
+        not wait for the GPU; a Draw from all codes is not called at all. With guidance g != 1 the same pass carries a
+        second set of rows without condition, and logits = null + g (cond - null) (Ho & Salimans 2022).
         """
         assert guidance == 1.0 or not self.cfg.classic, "a classic GPT has no null embedding, so no guidance"
         b, t_max, c, h = len(cond), self.cfg.grid ** 2, self.cfg.n_embd, self.cfg.n_head
@@ -465,7 +465,7 @@ class GPT(nn.Module):
         if self.capture:
             start = x.clone()
             try:
-                step = self.capture(self, step)
+                step = self.capture(self, step, x, caches, tokens, next_token, guidance)
             except Exception as e:  # compiling can fail in many ways
                 warnings.warn(f"kernels.py can't be used here ({type(e).__name__}: {e}), sampling call by call")
                 self.capture = None
@@ -477,7 +477,7 @@ class GPT(nn.Module):
     def pack(self, dtype):
         """Make this a network that only samples, in `dtype`, for good: every Linear is packed; the stream between the
         blocks and norms stay float32, and on a CPU the cache. There self.head and the like are plain functions; on a
-        GPU, where there is Triton, kernels.py takes the place of `run` and the norms' gains into the weights."""
+        GPU, where there is Triton, kernels.py takes the place of `run` and the norms into the weights."""
         if self.pos_emb.device.type == "cuda" and not self.capture:
             with contextlib.suppress(ImportError):  # where there is no Triton
                 from kernels import capture, fold
@@ -498,9 +498,24 @@ class GPT(nn.Module):
         The randomness comes in as numbers, one per token, so that a picture depends on its own row alone. top_k=0 and
         top_p=1 keep everything; temperature 0 takes the likeliest token.
         """
-        def choose(i, logits):
-            return pick(logits, uniform[:, i].flatten(), temperature, top_k, top_p)
-        return self.decode_logits(cond, choose, guidance)
+        return self.decode_logits(cond, Draw(uniform.contiguous(), temperature, top_k, top_p), guidance)
+
+
+@dataclass
+class Draw:
+    """The next token of GPT.decode_logits by `pick`, from uniform numbers (B, T) in [0, 1)."""
+    uniform: torch.Tensor
+    temperature: float
+    top_k: int
+    top_p: float
+
+    def __call__(self, i, logits):
+        return pick(logits, self.uniform[:, i].flatten(), self.temperature, self.top_k, self.top_p)
+
+    @property
+    def from_all(self):
+        """Whether any code can be drawn, and by chance."""
+        return self.top_k == 0 and self.top_p == 1 and self.temperature >= 1e-6
 
 
 def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -514,7 +529,7 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     k, codes = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1], None
     if k < logits.shape[-1] or top_p < 1:
         logits, codes = logits.topk(k, -1)                                                      # (B, k), falling
-    p = F.softmax(logits if temperature == 1 else logits / temperature, -1)
+    p = F.softmax(logits / temperature, -1)
     mass = p.cumsum(-1)
     if top_p < 1:
         above = mass - p                                                                        # 0 for the first

@@ -1676,23 +1676,45 @@ def test_packed_sampling_is_the_same_network(classic, guidance):
 
 
 INTERPRETED = """
-import torch, kernels, test_all
+import torch, kernels, model, test_all
 torch.set_grad_enabled(False)
 kernels.early = lambda device: {"EARLY": False}
-for rows in (1, 2, 3):
-    gpt = test_all.tiny_gpt(n_embd=48, n_head=2, n_layer=2)
+for rows, shape in (1, {}), (3, {}), (17, {}), (2, {"n_embd": 272}), (1, {"n_embd": 36}):
+    gpt = test_all.tiny_gpt(**({"n_embd": 48, "n_head": 2, "n_layer": 2} | shape))
     cond, tokens = gpt.condition(test_all.some(rows, 24)), test_all.tokens_for(gpt, rows)
     exact = test_all.forced_logits(gpt, cond, tokens)
-    x, caches, made = gpt.prefix(cond), torch.zeros(2, rows, 2, 2, 16, 24), []
     kernels.fold(gpt)
+    x, caches, made = gpt.prefix(cond), torch.zeros(2, rows, 2, 2, 16, gpt.cfg.n_embd // 2, dtype=torch.float16), []
     for module in gpt.modules():
         for name, child in module.named_children():
             if isinstance(child, torch.nn.Linear):
-                setattr(module, name, test_all.PackedLinear(child, torch.float32))
+                setattr(module, name, test_all.PackedLinear(child, torch.float16))
     for i in range(16):
         made.append(kernels.run(gpt, x, torch.tensor([i]), caches)[:, 0])
         x = gpt.tok_emb(tokens[:, i])[:, None]
-    assert (torch.stack(made, 1) - exact).abs().max() <= 1e-5 * exact.abs().max(), rows
+    assert (torch.stack(made, 1) - exact).norm() < 2e-3 * exact.norm(), (rows, shape)
+
+qkv, cache = test_all.some(2, 3 * 3 * 20), test_all.some(2, 2, 3, 40, 20, seed=3)
+for i in (0, 15, 16, 39):  # 40 positions, 16 at a time
+    full, y = cache.clone(), torch.empty(2, 60)
+    q, full[:, 0, :, i], full[:, 1, :, i] = qkv.view(2, 3, 3, 20).unbind(1)
+    kernels.attention[(2, 3)](qkv, cache, torch.tensor([i]), y, 40, 3, 20, 1, 16, 32, EARLY=False)
+    want = model.attend(q[:, :, None], *full[:, :, :, :i + 1].unbind(1))
+    assert torch.equal(cache[:, :, :, i], full[:, :, :, i]) and torch.allclose(y, want.reshape(2, 60), atol=1e-5), i
+
+for guidance in (1.0, 2.0):
+    b, t, codes, c = 3, 16, 100, 40
+    rows, embeddings, places = int(guidance) * b, test_all.some(codes, c), test_all.some(t, c, seed=3)
+    uniform, position, tokens = torch.rand(b, t), torch.zeros(b, dtype=torch.long), torch.zeros(t, b, dtype=torch.long)
+    stream, x = torch.zeros(rows, c), torch.zeros(rows, c, dtype=torch.float16)
+    for i in range(t):
+        logits = 3 * test_all.some(rows, codes, seed=i)
+        kernels.launch(kernels.choose, (b,), logits, uniform, 0.7, guidance, tokens, embeddings, places, stream, x,
+                       position, b, t, codes, c, rows // b)
+        mixed = logits if guidance == 1 else logits[b:] + guidance * (logits[:b] - logits[b:])
+        assert torch.equal(tokens[i], model.pick(mixed, uniform[:, i], 0.7)) and (position == i + 1).all()
+        assert torch.equal(stream.view(-1, b, c)[-1], embeddings[tokens[i]] + places[min(i + 1, t - 1)])
+        assert torch.equal(x, stream.half())
 """
 
 
@@ -1732,7 +1754,7 @@ def test_where_kernels_fail_sampling_goes_on_without():
     cond = model.condition(some(3, 24))
     exact = model.generate(cond, uniform, guidance=2.0)
 
-    def failing(gpt, step):
+    def failing(gpt, step, *others):
         step(0)
         raise RuntimeError("no such kernel")
     model.capture = failing
