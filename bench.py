@@ -209,8 +209,7 @@ def sample(cfg, limit):
 
 
 def timed_on_gpu(gpt, cond, uniform, guidance):
-    """The seconds of each token of GPT.generate by the GPU's clock, once all is compiled; a recording of several counts
-    for its first."""
+    """The seconds of each token of GPT.generate by the GPU's clock, once all is compiled."""
     record = gpt.capture
 
     def watched(gpt, step, *others):

@@ -1,8 +1,8 @@
 """Sampling on a GPU: a token of model.GPT.decode_logits in as few and as short steps as can be.
 
 Written call by call, a token of 24 layers starts about 400 small kernels, and starting them takes far longer than
-reading the weights, which is all that a token has to wait for. Three things change that. Whole tokens, from an
-embedding to the next one, are recorded as a CUDA graph, anew for each batch of pictures, and replayed (`capture`). For
+reading the weights, which is all that a token has to wait for. Three things change that. A whole token, from its
+embedding to the next one's, is recorded as a CUDA graph, anew for each batch of pictures, and replayed (`capture`). For
 up to 16 rows (8 pictures, and themselves without condition) what lies between two waits is one kernel, five a layer: a
 norm, the product behind it and what follows that are `product`, the new key and value and the attention over all so far
 are `attention`; one more, `choose`, draws the token. And from Hopper on each loads its weights, or keys and values,
@@ -221,20 +221,19 @@ def side_stream(device):
 
 
 def capture(gpt, step, x, caches, tokens, draw, guidance):
-    """Some tokens of GPT.decode_logits as a CUDA graph: a function of a token's number, to be called in order.
+    """A token of GPT.decode_logits as a CUDA graph: a function of its number, to be called in order.
 
     Where `draw` is a model.Draw from all codes, `choose` does what follows the logits. Otherwise step(i, run), which
     writes token i, is recorded as it stands. Either is run once before, since what is done but once, compiling above
-    all, can't be recorded. A graph starts when all before it has ended, so it holds as many as 16 tokens."""
-    (t, b), device = tokens.shape, x.device
+    all, can't be recorded."""
+    b, device = tokens.shape[1], x.device
     position, stream = torch.zeros(b, dtype=torch.long, device=device), (x + gpt.pos_emb[:1])[:, 0]
     rows, start, half = len(stream) // b, stream.clone(), stream.to(gpt.head.weight.dtype)
-    together = max(n for n in range(1, 17) if t % n == 0)
 
     def token():
         if isinstance(draw, Draw) and draw.from_all:
-            launch(choose, (b,), network(gpt, stream, half, position, caches), draw.uniform, draw.temperature,
-                   float(guidance), tokens, gpt.tok_emb.weight, gpt.pos_emb, stream, half, position, b, t,
+            launch(choose, (b,), network(gpt, stream, half, position, caches), draw.uniform, draw.temperature, float(guidance),
+                   tokens, gpt.tok_emb.weight, gpt.pos_emb, stream, half, position, *reversed(tokens.shape),
                    gpt.cfg.codes, gpt.cfg.n_embd, rows, num_warps=16)
         else:
             step(position[:1], functools.partial(run, gpt))
@@ -248,13 +247,11 @@ def capture(gpt, step, x, caches, tokens, draw, guidance):
         torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(together):
-            token()
+        token()
     position.zero_()
     stream.copy_(start)
     half.copy_(start)
 
     def replay(i, kept=token):  # whose tensors the graph reads and writes
-        if i % together == 0:
-            graph.replay()
+        graph.replay()
     return replay

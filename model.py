@@ -442,9 +442,9 @@ class GPT(nn.Module):
     def decode_logits(self, cond, next_token, guidance=1.0):
         """Write one picture per row with a key-value cache. Returns tokens (B, T).
 
-        next_token(i, logits (B, K)) -> tokens (B,) chooses token i. Where kernels.py records the step it is called for
-        a few tokens, with i a tensor (1,) instead of a number, and what it has the GPU do is repeated for the others: it
-        must not wait for the GPU; a Draw from all codes is not called at all. With guidance g != 1 the same pass carries a
+        next_token(i, logits (B, K)) -> tokens (B,) chooses token i. Where kernels.py records the step it is called but
+        twice, with i a tensor (1,) instead of a number, and what it has the GPU do is repeated for every token: it must
+        not wait for the GPU; a Draw from all codes is not called at all. With guidance g != 1 the same pass carries a
         second set of rows without condition, and logits = null + g (cond - null) (Ho & Salimans 2022).
         """
         assert guidance == 1.0 or not self.cfg.classic, "a classic GPT has no null embedding, so no guidance"
