@@ -75,13 +75,17 @@ def product(x, weight, bias, y, stream, N, K: tl.constexpr, R: tl.constexpr, P: 
 
 
 @triton.jit
-def load_both(where, first, now, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, TP: tl.constexpr,
-              DP: tl.constexpr):
-    """Keys and values (P, TP, DP) of P * TP positions from `first` on, as far as they lie before `now`."""
-    t = first + tl.arange(0, P)[:, None] * TP + tl.arange(0, TP)[None, :]                         # (P, TP)
-    d = tl.arange(0, DP)
-    place, past = t[:, :, None] * D + d[None, None, :], (t < now)[:, :, None] & (d < D)[None, None, :]
-    return tl.load(where + place, mask=past, other=0.0), tl.load(where + H * T * D + place, mask=past, other=0.0), t
+def look(queries, keys, values, past, least, scale: tl.constexpr):
+    """Attention's sums over positions (P, TP), of which those in `past` count: the greatest score, or `least`, and of
+    the scores' exponentials less that the sum with the values (DP,), and the sum."""
+    P: tl.constexpr = keys.shape[0]
+    score = tl.reshape(tl.dot(keys, queries, input_precision="ieee"), (P, keys.shape[1]))
+    score = tl.where(past, score * scale, -float("inf"))
+    most = tl.maximum(tl.max(tl.max(score, 1), 0), least)
+    p = tl.exp2(score - most)                                                                     # (P, TP)
+    seen = tl.dot(p.to(values.dtype)[:, None, :], values, input_precision="ieee")                 # (P, 1, DP)
+    # in the other order the compiler has fewer loads under way at a time (Triton 3.6)
+    return most, tl.sum(tl.reshape(seen, (P, values.shape[2])), 0), tl.sum(tl.sum(p, 1), 0)
 
 
 @triton.jit
@@ -89,13 +93,16 @@ def attention(qkv, cache, position, y, T: tl.constexpr, H: tl.constexpr, D: tl.c
               TP: tl.constexpr, DP: tl.constexpr, EARLY: tl.constexpr):
     """y (R, H*D) = what each head of the one query in qkv (R, 3*H*D) sees of the keys and values so far, in cache
     (R, 2, H, T, D), to which its own are added at `position`. A program is one head of one row, which looks at P * TP
-    positions at a time, TP a warp, and begins with its own."""
+    positions at a time, TP a warp, and then at its own."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row, head, C = tl.program_id(0).to(tl.int64), tl.program_id(1), H * D
     d, now = tl.arange(0, DP), tl.load(position)
+    t = tl.arange(0, P)[:, None] * TP + tl.arange(0, TP)[None, :]                                 # (P, TP)
     where = cache + (row * 2 * H + head) * T * D                                                  # of its keys
-    keys, values, t = load_both(where, 0, now, T, H, D, P, TP, DP)
+    place, real = t[:, :, None] * D + d[None, None, :], (d < D)[None, None, :]                    # (P, TP, DP)
+    keys = tl.load(where + place, mask=(t < now)[:, :, None] & real, other=0.0)
+    values = tl.load(where + H * T * D + place, mask=(t < now)[:, :, None] & real, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     mine = qkv + row * 3 * C + head * D + d
@@ -105,19 +112,17 @@ def attention(qkv, cache, position, y, T: tl.constexpr, H: tl.constexpr, D: tl.c
     tl.store(where + now * D + d, k, mask=d < D)
     tl.store(where + H * T * D + now * D + d, v, mask=d < D)
     scale: tl.constexpr = D ** -0.5 * 1.4426950408889634  # log2(e), for powers of 2
-    most, total, out = tl.sum(k.to(tl.float32) * q.to(tl.float32), 0) * scale, 1.0, v.to(tl.float32)
+    own = tl.sum(k.to(tl.float32) * q.to(tl.float32), 0) * scale
     queries = tl.broadcast_to(q[None, :, None], (P, DP, 1))
-    for first in tl.static_range(0, T, P * TP):
-        if first > 0:
-            keys, values, t = load_both(where, first, now, T, H, D, P, TP, DP)
-        score = tl.reshape(tl.dot(keys, queries, input_precision="ieee"), (P, TP)) * scale
-        score = tl.where(t < now, score, -float("inf"))
-        before, most = most, tl.maximum(most, tl.max(tl.max(score, 1), 0))
-        p, less = tl.exp2(score - most), tl.exp2(before - most)                                   # (P, TP)
-        total = total * less + tl.sum(tl.sum(p, 1), 0)
-        seen = tl.dot(p.to(values.dtype)[:, None, :], values, input_precision="ieee")                   # (P, 1, DP)
-        out = out * less + tl.sum(tl.reshape(seen, (P, DP)), 0)
-    tl.store(y + row * C + head * D + d, (out / total).to(y.dtype.element_ty), mask=d < D)
+    most, out, total = look(queries, keys, values, t < now, own, scale)
+    for first in tl.static_range(P * TP, T, P * TP):
+        past, before = first + t < now, most
+        keys = tl.load(where + first * D + place, mask=past[:, :, None] & real, other=0.0)
+        values = tl.load(where + (H * T + first) * D + place, mask=past[:, :, None] & real, other=0.0)
+        most, seen, more = look(queries, keys, values, past, before, scale)
+        out, total = out * tl.exp2(before - most) + seen, total * tl.exp2(before - most) + more
+    p = tl.exp2(own - most)
+    tl.store(y + row * C + head * D + d, ((out + p * v) / (total + p)).to(y.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
