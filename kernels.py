@@ -185,7 +185,8 @@ def linear(x, layer, norm=False, stream=None, most=32):
     if rows > 16 or part < 16 or x.dtype == torch.float32:
         y = layer(F.layer_norm(x, (k,)) if norm else x)
         return y if stream is None else stream.add_(y).to(y.dtype)
-    parts, columns = next_power_of_2(k // part), min(most, max(1, 2 ** 15 // next_power_of_2(k)))
+    room = 2 ** 16 if rows == 1 else 2 ** 15  # weights that a program holds, of those tried on an H100
+    parts, columns = next_power_of_2(k // part), min(most, max(1, room // next_power_of_2(k)))
     weight = TensorDescriptor(layer.weight, [k // part, n, part], [part, k, 1], [parts, columns, part])
     y = x.new_empty(rows, n)
     launch(product, (cdiv(n, columns),), x, weight, layer.bias, y, stream, n, k, rows, parts, part, columns, norm,
