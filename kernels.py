@@ -5,11 +5,13 @@ reading the weights, which is all that a token has to wait for. Three things cha
 embedding to the next one's, is recorded as a CUDA graph, anew for each batch of pictures, and replayed (`capture`). For
 up to 16 rows (8 pictures, and themselves without condition) what lies between two waits is one kernel, five a layer: a
 norm, the product behind it and what follows that are `product`, the new key and value and the attention over all so far
-are `attention`; one more, `choose`, draws the token. And from Hopper on each loads its weights, or keys and values,
-while the kernels before it still compute, since it does not depend on them ("programmatic dependent launch"): weights
-go by the tensor memory accelerator right into shared memory, of which a GPU has room for a layer or more.
+are `attention`. The head is one more, and `choose`, which draws the token. And from Hopper on each loads its weights,
+or keys and values, while the kernels before it still compute, since these do not depend on them ("programmatic
+dependent launch"): weights go by the tensor memory accelerator right into shared memory, which has room for a layer or
+more.
 
 Triton, in which they are written, comes with torch for CUDA. Where it is missing or fails GPT samples by GPT.run."""
+import contextlib
 import ctypes
 import functools
 
@@ -28,8 +30,8 @@ def fold(gpt):
     """Takes all of a LayerNorm but the division into the weights around it, for good.
 
     A norm takes the stream's mean away. So what is added to the stream is given none, embeddings and the layers that
-    write to it alike: then the standard deviation is the root of the mean square. Gain g and shift h go into the weights
-    behind: W (g x / std + h) + b = (W g) x / std + (W h + b)."""
+    write to it alike: then the standard deviation is the root of the mean square. Gain g and shift h go into the
+    weights behind: W (g x / std + h) + b = (W g) x / std + (W h + b)."""
     added = [gpt.tok_emb.weight, gpt.pos_emb, gpt.cond_proj.weight.T, gpt.cond_proj.bias]               # (..., C)
     added += [] if gpt.null is None else [gpt.null]
     added += [w for b in gpt.blocks for layer in (b.proj, b.fc_out) for w in (layer.weight.T, layer.bias)]
@@ -46,11 +48,12 @@ def fold(gpt):
 @triton.jit
 def product(x, weight, bias, y, stream, N, K: tl.constexpr, R: tl.constexpr, P: tl.constexpr, KP: tl.constexpr,
             BN: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr):
-    """y (R, N) = f(norm(x (R, K)) @ weight.T + bias); where there is a float32 `stream` (R, N) that is added and the
-    sum written to both. Of the norm, `fold` has left the division. A program makes BN columns of y.
+    """y (R, N) = f(norm(x (R, K)) @ weight.T + bias); where there is a float32 `stream` (R, N) it is added and the sum
+    written to both. Of the norm, `fold` has left the division. A program makes BN columns of y.
 
-    The weight (N, K) is described as (K / KP, N, KP), for P parts of a row: a warp multiplies a part of all rows by
-    tensor cores, since Triton shares the first dimension of a product of three among the warps, and then they add up."""
+    The weight (N, K) is described as (K / KP, N, KP), for P parts of a row. Triton shares a batch of products among the
+    warps, and here the parts are the batch: each warp's tensor cores multiply a part of all rows, or several, and then
+    the warps add up."""
     if EARLY:  # the kernel behind this one may start: it waits below, after what it can do before
         tl.extra.cuda.gdc_launch_dependents()
     at, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, next_power_of_2(R))
@@ -60,7 +63,7 @@ def product(x, weight, bias, y, stream, N, K: tl.constexpr, R: tl.constexpr, P: 
     if EARLY:  # what stands above has not waited for the kernel before, whose results are read from here on
         tl.extra.cuda.gdc_wait()
     v = tl.load(x + (r[None, :, None] * K + k), mask=(r < R)[None, :, None] & (k < K), other=0.0)  # (P, R, KP)
-    out = tl.sum(tl.dot(w, tl.permute(v, (0, 2, 1)), input_precision="ieee"), 0)                                          # (BN, R)
+    out = tl.sum(tl.dot(w, tl.permute(v, (0, 2, 1))), 0)                                          # (BN, R)
     if NORM:
         v = v.to(tl.float32)
         out *= tl.rsqrt(tl.sum(tl.sum(v * v, 2), 0) / K + 1e-5)[None, :]
@@ -76,15 +79,16 @@ def product(x, weight, bias, y, stream, N, K: tl.constexpr, R: tl.constexpr, P: 
 
 @triton.jit
 def look(queries, keys, values, past, least, scale: tl.constexpr):
-    """Attention's sums over positions (P, TP), of which those in `past` count: the greatest score, or `least`, and of
-    the scores' exponentials less that the sum with the values (DP,), and the sum."""
+    """Scores, in powers of 2, of keys (P, TP, DP) for the query in each column of queries (P, DP, 1), where `past`
+    (P, TP). Returns the greatest, `least` at least; the sum of 2 ** (score - greatest) * value (DP,); and the sum of
+    2 ** (score - greatest)."""
     P: tl.constexpr = keys.shape[0]
     score = tl.reshape(tl.dot(keys, queries, input_precision="ieee"), (P, keys.shape[1]))
     score = tl.where(past, score * scale, -float("inf"))
     most = tl.maximum(tl.max(tl.max(score, 1), 0), least)
     p = tl.exp2(score - most)                                                                     # (P, TP)
     seen = tl.dot(p.to(values.dtype)[:, None, :], values, input_precision="ieee")                 # (P, 1, DP)
-    # in the other order the compiler has fewer loads under way at a time (Triton 3.6)
+    # with the sum of p before that of the values Triton 3.6 has fewer loads under way at a time
     return most, tl.sum(tl.reshape(seen, (P, values.shape[2])), 0), tl.sum(tl.sum(p, 1), 0)
 
 
@@ -93,7 +97,7 @@ def attention(qkv, cache, position, y, T: tl.constexpr, H: tl.constexpr, D: tl.c
               TP: tl.constexpr, DP: tl.constexpr, EARLY: tl.constexpr):
     """y (R, H*D) = what each head of the one query in qkv (R, 3*H*D) sees of the keys and values so far, in cache
     (R, 2, H, T, D), to which its own are added at `position`. A program is one head of one row, which looks at P * TP
-    positions at a time, TP a warp, and then at its own."""
+    positions at a time, TP a warp where P is 4, and then at its own."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row, head, C = tl.program_id(0).to(tl.int64), tl.program_id(1), H * D
@@ -144,7 +148,7 @@ def choose(logits, uniform, temperature, guidance, tokens, embeddings, places, s
     if ROWS == 2:
         null = tl.load(logits + (B + b) * K + k, mask=k < K, other=0.0).to(tl.float32)
         z = null + guidance * (z - null)
-    z /= temperature
+    z = tl.where(k < K, z / temperature, -float("inf"))
     mass = tl.cumsum(tl.exp(z - tl.max(z, 0)), 0)
     token = tl.minimum(tl.sum((mass <= u * tl.max(mass, 0)).to(tl.int32), 0), K - 1)
     tl.store(tokens + now * B + b, token.to(tl.int64))
@@ -161,12 +165,18 @@ def early(device):
     return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
 
+def shared_memory(device):
+    """The bytes of it that a program may have."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2 ** 16)
+
+
 @functools.cache
 def share_memory(function):
     """Have a kernel run with three quarters of a multiprocessor's memory as shared memory and the rest as its cache.
-    Kernels of unlike shares never run side by side there, and by default each has the share it asks for."""
+    Kernels of unlike shares never run side by side there, and by default each has what it needs, so it changes."""
     carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
-    ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), carveout, 75)
+    with contextlib.suppress(OSError):  # the name is Linux's
+        ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), carveout, 75)
 
 
 def launch(kernel, grid, *args, **options):
@@ -185,7 +195,9 @@ def linear(x, layer, norm=False, stream=None, most=32):
     if rows > 16 or part < 16 or x.dtype == torch.float32:
         y = layer(F.layer_norm(x, (k,)) if norm else x)
         return y if stream is None else stream.add_(y).to(y.dtype)
-    room = 2 ** 16 if rows == 1 else 2 ** 15  # weights that a program holds, of those tried on an H100
+    room = 2 ** 16 if rows == 1 else 2 ** 15  # weights that a program holds, of two bytes; tried on an H100
+    while 2 * room >= shared_memory(x.device):
+        room //= 2
     parts, columns = next_power_of_2(k // part), min(most, max(1, room // next_power_of_2(k)))
     weight = TensorDescriptor(layer.weight, [k // part, n, part], [part, k, 1], [parts, columns, part])
     y = x.new_empty(rows, n)
@@ -198,7 +210,7 @@ def attend(qkv, cache, position):
     """Queries, keys and values qkv (R, 3C) of one position -> (R, C), the cache (R, 2, H, T, hd) filled up there."""
     rows, _, heads, t, d = cache.shape
     width = max(16, next_power_of_2(d))
-    seen = max(16, min(next_power_of_2(t), 2 ** 14 // width))  # positions at a time: what shared memory can hold
+    seen = max(16, min(next_power_of_2(t), 2 ** 14 // width))  # positions at a time: what four warps can hold
     parts, y = min(4, seen // 16), qkv.new_empty(rows, heads * d)
     launch(attention, (rows, heads), qkv, cache, position, y, t, heads, d, parts, seen // parts, width, num_warps=4)
     return y
@@ -206,7 +218,7 @@ def attend(qkv, cache, position):
 
 def network(gpt, stream, x, position, caches):
     """One position of the blocks and the head: its embeddings (R, C), in float32 and as x in the products' type, and
-    caches (n_layer, R, 2, H, T, hd) -> logits (R, K). Columns a program were tried on an H100."""
+    caches (n_layer, R, 2, H, T, hd) -> logits (R, K). How many columns a program makes was tried on an H100."""
     for block, cache in zip(gpt.blocks, caches):
         y = attend(linear(x, block.qkv, norm=True, most=16), cache, position)
         x = linear(y, block.proj, stream=stream)
@@ -232,14 +244,15 @@ def capture(gpt, step, x, caches, tokens, draw, guidance):
     Where `draw` is a model.Draw from all codes, `choose` does what follows the logits. Otherwise step(i, run), which
     writes token i, is recorded as it stands. Either is run once before, since what is done but once, compiling above
     all, can't be recorded."""
-    b, device = tokens.shape[1], x.device
-    position, stream = torch.zeros(b, dtype=torch.long, device=device), (x + gpt.pos_emb[:1])[:, 0]
-    rows, start, half = len(stream) // b, stream.clone(), stream.to(gpt.head.weight.dtype)
+    (t, b), device = tokens.shape, x.device
+    position, rows = torch.zeros(b, dtype=torch.long, device=device), len(x) // b
+    stream = torch.empty_like(x[:, 0])                                                            # (R, C), float32
+    half = stream.to(gpt.head.weight.dtype)                                                       # for the products
 
     def token():
         if isinstance(draw, Draw) and draw.from_all:
-            launch(choose, (b,), network(gpt, stream, half, position, caches), draw.uniform, draw.temperature, float(guidance),
-                   tokens, gpt.tok_emb.weight, gpt.pos_emb, stream, half, position, *reversed(tokens.shape),
+            launch(choose, (b,), network(gpt, stream, half, position, caches), draw.uniform, float(draw.temperature),
+                   float(guidance), tokens, gpt.tok_emb.weight, gpt.pos_emb, stream, half, position, b, t,
                    gpt.cfg.codes, gpt.cfg.n_embd, rows, num_warps=16)
         else:
             step(position[:1], functools.partial(run, gpt))
@@ -255,9 +268,9 @@ def capture(gpt, step, x, caches, tokens, draw, guidance):
     with torch.cuda.graph(graph):
         token()
     position.zero_()
-    stream.copy_(start)
-    half.copy_(start)
+    stream.copy_((x + gpt.pos_emb[:1])[:, 0])
+    half.copy_(stream)
 
-    def replay(i, kept=token):  # whose tensors the graph reads and writes
+    def replay(i, kept=token):  # whose tensors the graph reads and writes, `position` for i
         graph.replay()
     return replay
