@@ -165,9 +165,12 @@ def early(device):
     return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
 
-def shared_memory(device):
-    """The bytes of it that a program may have."""
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2 ** 16)
+def room(device, numbers, size):
+    """`numbers` of `size` bytes each, or half as many and so on: as many as a program's shared memory can hold."""
+    held = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2 ** 16)
+    while numbers * size >= held:
+        numbers //= 2
+    return numbers
 
 
 @functools.cache
@@ -195,10 +198,8 @@ def linear(x, layer, norm=False, stream=None, most=32):
     if rows > 16 or part < 16 or x.dtype == torch.float32:
         y = layer(F.layer_norm(x, (k,)) if norm else x)
         return y if stream is None else stream.add_(y).to(y.dtype)
-    room = 2 ** 16 if rows == 1 else 2 ** 15  # weights that a program holds, of two bytes; tried on an H100
-    while 2 * room >= shared_memory(x.device):
-        room //= 2
-    parts, columns = next_power_of_2(k // part), min(most, max(1, room // next_power_of_2(k)))
+    weights = room(x.device, 2 ** 16 if rows == 1 else 2 ** 15, x.itemsize)  # of a program, tried on an H100
+    parts, columns = next_power_of_2(k // part), min(most, max(1, weights // next_power_of_2(k)))
     weight = TensorDescriptor(layer.weight, [k // part, n, part], [part, k, 1], [parts, columns, part])
     y = x.new_empty(rows, n)
     launch(product, (cdiv(n, columns),), x, weight, layer.bias, y, stream, n, k, rows, parts, part, columns, norm,
@@ -210,7 +211,8 @@ def attend(qkv, cache, position):
     """Queries, keys and values qkv (R, 3C) of one position -> (R, C), the cache (R, 2, H, T, hd) filled up there."""
     rows, _, heads, t, d = cache.shape
     width = max(16, next_power_of_2(d))
-    seen = max(16, min(next_power_of_2(t), 2 ** 14 // width))  # positions at a time: what four warps can hold
+    keys = room(qkv.device, 2 ** 14, 2 * cache.itemsize)  # numbers of keys, and of values, that four warps can hold
+    seen = max(16, min(next_power_of_2(t), keys // width))  # positions at a time
     parts, y = min(4, seen // 16), qkv.new_empty(rows, heads * d)
     launch(attention, (rows, heads), qkv, cache, position, y, t, heads, d, parts, seen // parts, width, num_warps=4)
     return y
