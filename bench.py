@@ -212,20 +212,22 @@ def timed_on_gpu(gpt, cond, uniform, guidance):
     """The seconds of each token of GPT.generate by the GPU's clock, once all is compiled."""
     record = gpt.capture
 
+    def mark():
+        starts.append(torch.cuda.Event(enable_timing=True))
+        starts[-1].record()
+
     def watched(gpt, step, *others):
         inner = record(gpt, step, *others) if record else step
 
         def timed_step(i):
-            starts.append(torch.cuda.Event(enable_timing=True))
-            starts[-1].record()
+            mark()
             inner(i)
         return timed_step
     gpt.capture = watched
     for _ in range(2):
         starts = []
         gpt.generate(cond, uniform, guidance)
-        starts.append(torch.cuda.Event(enable_timing=True))
-        starts[-1].record()
+        mark()
     gpt.capture = record
     if len(starts) == 1:
         fail("kernels.py can't be used here, as was said above; --compile=False measures without it")

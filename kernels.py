@@ -183,6 +183,7 @@ def share_memory(function):
 
 
 def launch(kernel, grid, *args, **options):
+    """Start a kernel on the GPU of its first argument, with what `early` says of that."""
     options |= early(args[0].device)
     compiled = kernel[grid](*args, **options)
     if options["EARLY"]:

@@ -1691,20 +1691,40 @@ import contextlib, types
 import torch, kernels, model, test_all
 torch.set_grad_enabled(False)
 kernels.early, kernels.room = lambda device: {"EARLY": False}, lambda device, numbers, size: numbers
-for rows, shape in (1, {}), (3, {}), (17, {}), (2, {"n_embd": 272}), (1, {"n_embd": 36}):
-    gpt = test_all.tiny_gpt(**({"n_embd": 48, "n_head": 2, "n_layer": 2} | shape))
-    cond, tokens = gpt.condition(test_all.some(rows, 24)), test_all.tokens_for(gpt, rows)
-    exact = test_all.forced_logits(gpt, cond, tokens)
+
+def pack(gpt, dtype):  # as GPT.pack on a GPU
     kernels.fold(gpt)
-    x, caches, made = gpt.prefix(cond), torch.zeros(2, rows, 2, 2, 16, gpt.cfg.n_embd // 2, dtype=torch.float16), []
     for module in gpt.modules():
         for name, child in module.named_children():
             if isinstance(child, torch.nn.Linear):
-                setattr(module, name, test_all.PackedLinear(child, torch.float16))
-    for i in range(16):
-        made.append(kernels.run(gpt, x, torch.tensor([i]), caches)[:, 0])
-        x = gpt.tok_emb(tokens[:, i])[:, None]
-    assert (torch.stack(made, 1) - exact).norm() < 2e-3 * exact.norm(), (rows, shape)
+                setattr(module, name, test_all.PackedLinear(child, dtype))
+
+for rows, shape in (1, {}), (3, {}), (17, {}), (2, {"n_embd": 272}), (1, {"n_embd": 36}):
+    for dtype in torch.float32, torch.float16:
+        gpt = test_all.tiny_gpt(**({"n_embd": 48, "n_head": 2, "n_layer": 2} | shape))
+        cond, tokens = gpt.condition(test_all.some(rows, 24)), test_all.tokens_for(gpt, rows)
+        exact = test_all.forced_logits(gpt, cond, tokens)
+        pack(gpt, dtype)
+        x, caches, made = gpt.prefix(cond), torch.zeros(2, rows, 2, 2, 16, gpt.cfg.n_embd // 2, dtype=dtype), []
+        for i in range(16):
+            made.append(kernels.run(gpt, x, torch.tensor([i]), caches)[:, 0])
+            x = gpt.tok_emb(tokens[:, i])[:, None]
+        made = torch.stack(made, 1)
+        if dtype == torch.float32:
+            assert (made - exact).abs().max() <= 1e-5 * exact.abs().max(), (rows, shape)
+        assert (made - exact).norm() < 2e-3 * exact.norm(), (rows, shape)
+
+for rows, k, part in (1, 64, 16), (3, 48, 16), (2, 272, 16):  # float32 as float16 goes, to the last bits
+    x, weight, bias = test_all.some(rows, k), test_all.some(40, k, seed=3), test_all.some(40, seed=4)
+    x, stream = x - x.mean(1, keepdim=True), test_all.some(rows, 40, seed=5)
+    parts = kernels.next_power_of_2(k // part)
+    described = kernels.TensorDescriptor(weight, [k // part, 40, part], [part, k, 1], [parts, 16, part])
+    for norm, gelu, added in (True, False, None), (True, True, None), (False, False, stream):
+        want = torch.nn.functional.linear(torch.nn.functional.layer_norm(x, (k,)) if norm else x, weight, bias)
+        want = torch.nn.functional.gelu(want) if gelu else want if added is None else want + added
+        y = torch.empty(rows, 40)
+        kernels.launch(kernels.product, (3,), x, described, bias, y, added, 40, k, rows, parts, part, 16, norm, gelu)
+        assert (y - want).abs().max() <= 1e-5 * want.abs().max() and (added is None or torch.equal(added, y))
 
 qkv, cache = test_all.some(2, 3 * 3 * 20), test_all.some(2, 2, 3, 40, 20, seed=3)
 for i in (0, 15, 16, 39):  # 40 positions, 16 at a time
@@ -1745,11 +1765,7 @@ for guidance in (1.0, 2.0):
     gpt = test_all.tiny_gpt(n_layer=2)
     cond, uniform = gpt.condition(test_all.some(3, 24)), torch.rand(3, 16, generator=torch.Generator().manual_seed(3))
     exact = gpt.generate(cond, uniform, guidance, 0.7)
-    kernels.fold(gpt)
-    for module in gpt.modules():
-        for name, child in module.named_children():
-            if isinstance(child, torch.nn.Linear):
-                setattr(module, name, test_all.PackedLinear(child, torch.float32))
+    pack(gpt, torch.float32)
 
     def capture(*args):
         kept = kernels.capture(*args).__defaults__[0]  # the token that a graph would replay
