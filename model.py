@@ -9,6 +9,7 @@ The layers at the end, Conv2d and PackedLinear, are torch's own, faster on a CPU
 Letters in shape comments: B pictures, T tokens of one, K codes in the codebook, C width, D embedding size, H heads.
 """
 import contextlib
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -358,9 +359,10 @@ class Block(nn.Module):
             y = attend(*qkv.unbind(), is_causal=True)                                           # (B, H, t, hd)
         else:  # t is 1: write this position's key and value into the cache, look at all up to it
             qkv = qkv.view(b, 3, self.n_head, 1, -1)                                            # (B, 3, H, 1, hd)
-            here, keys, values = cache  # views of (B, 2, H, 1, hd), (B, H, pos+1, hd), (B, H, pos+1, hd)
+            here, seen = cache  # views (B, 2, H, 1, hd) and (B, 2, H, pos+1, hd)
             here.copy_(qkv.narrow(1, 1, 2))
-            y = attend(qkv.select(1, 0).to(keys.dtype), keys, values)                           # (B, H, 1, hd)
+            read = torch.float32 if x.is_cpu else seen.dtype
+            y = F.scaled_dot_product_attention(qkv.select(1, 0).to(read), *seen.to(read).unbind(1))  # (B, H, 1, hd)
         x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
         return x + self.fc_out(self.fc(self.ln_2(x)))
 
@@ -390,6 +392,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         self.capture = None  # kernels.capture, once packed for a GPU
+        self.dtype = torch.float32  # of the cache, and once packed of the weights
         last = [self.head, *(layer for b in self.blocks for layer in (b.proj, b.fc_out))]
         for layer in last if cfg.zero_init else ():
             nn.init.zeros_(layer.weight)  # every block starts as the identity and the first loss is exactly ln K
@@ -421,8 +424,7 @@ class GPT(nn.Module):
         if caches is None:
             each = [None] * len(self.blocks)
         else:  # cut for all blocks at once: at batch 1 the calls between two products count
-            seen = caches.narrow(4, 0, pos + 1)
-            each = zip(caches.narrow(4, pos, 1).unbind(), seen.select(2, 0).unbind(), seen.select(2, 1).unbind())
+            each = zip(caches.narrow(4, pos, 1).unbind(), caches.narrow(4, 0, pos + 1).unbind())
         for block, cache in zip(self.blocks, each):
             x = block(x, cache)
         return self.head(self.ln_f(x))
@@ -452,8 +454,13 @@ class GPT(nn.Module):
         x = self.prefix(cond).float()                                                           # (B, 1, C)
         if guidance != 1.0:
             x = torch.cat([x, self.null.expand_as(x)])                                          # (2B, 1, C)
-        kept = torch.float32 if x.device.type == "cpu" else self.head.weight.dtype              # as `attend` reads it
-        caches = x.new_zeros(len(self.blocks), len(x), 2, h, t_max, c // h, dtype=kept)         # keys and values
+        n, rows = len(self.blocks), len(x)
+        if x.is_cpu and not self.capture:  # Attention reads float32 here. For a few rows it is faster to convert them
+            # each time than to read twice as much; the core that reads a head's values then converts them and its keys.
+            kept = self.dtype if rows <= FEW else torch.float32
+            caches = x.new_zeros(n, rows, h, 2, t_max, c // h, dtype=kept).transpose(2, 3)
+        else:
+            caches = x.new_zeros(n, rows, 2, h, t_max, c // h, dtype=self.dtype)                # keys and values
         tokens = torch.empty(t_max, b, dtype=torch.long, device=x.device)
 
         def step(i, run=self.run):
@@ -476,8 +483,10 @@ class GPT(nn.Module):
 
     def pack(self, dtype):
         """Make this a network that only samples, in `dtype`, for good: every Linear is packed; the stream between the
-        blocks and norms stay float32, and on a CPU the cache. There self.head and the like are plain functions; on a
-        GPU, where there is Triton, kernels.py takes the place of `run`, and its `fold` the norms into the weights."""
+        blocks and norms stay float32. On a CPU self.head and the like become plain functions, since beside weights that
+        fill a core's caches all Python is slow; on a GPU, where there is Triton, kernels.py takes the place of `run`,
+        and its `fold` the norms into the weights."""
+        self.dtype = dtype
         if self.pos_emb.device.type == "cuda" and not isinstance(self.head, PackedLinear):
             with contextlib.suppress(ImportError):  # where there is no Triton
                 from kernels import capture, fold
@@ -488,8 +497,14 @@ class GPT(nn.Module):
                 if isinstance(child, nn.Linear):
                     child = PackedLinear(child, dtype)
                     setattr(module, name, child)
-                if self.pos_emb.device.type == "cpu" and nn.ModuleList not in (type(module), type(child)):
-                    module.__dict__[name] = child.forward  # found first: no bookkeeping of nn.Module's in its calls
+                if self.pos_emb.device.type == "cpu":  # what is found first, without nn.Module's bookkeeping
+                    call = child.forward
+                    if isinstance(child, nn.ModuleList):
+                        call = [block.forward for block in child]
+                    elif isinstance(child, nn.LayerNorm):
+                        call = functools.partial(torch.layer_norm, normalized_shape=child.normalized_shape,
+                                                 weight=child.weight, bias=child.bias, eps=child.eps)
+                    module.__dict__[name] = call
         return self
 
     def generate(self, cond, uniform, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0):
@@ -617,19 +632,20 @@ class PackedLinear(nn.Module):
             if dtype == torch.float32:
                 self.layout = "convolution"
             elif dtype == torch.bfloat16 and cpu_has_bfloat16():
-                self.layout, self.laid_out, self.few = "product", None, None  # laid out for few rows or for many
-                self.fbgemm = torch.backends.quantized.engine in ("x86", "fbgemm")
+                self.layout, self.laid_out, self.few, self.fbgemm = "product", None, None, None  # few rows or many
+                if torch.backends.quantized.engine in ("x86", "fbgemm"):
+                    self.fbgemm = torch.ops.quantized.linear_dynamic_fp16.default
 
     def forward(self, x):
         then, kind = ("gelu", "none") if self.gelu else ("none", "")  # GELU's kind "none" is the exact one
         if self.layout == "product":
-            few = self.fbgemm and x.numel() <= 4 * x.shape[-1]
+            few = self.fbgemm is not None and x.numel() <= FEW * x.shape[-1]
             if few != self.few:
                 self.few, self.laid_out = few, (
                     torch.ops.quantized.linear_prepack_fp16(self.weight.float(), self.bias.float()) if few else
                     torch.ops.mkldnn._reorder_linear_weight(self.weight, 1))
             if few:
-                y = torch.ops.quantized.linear_dynamic_fp16.default(x.float(), self.laid_out)
+                y = self.fbgemm(x.float(), self.laid_out)
                 return F.gelu(y) if self.gelu else y
             x = x.to(torch.bfloat16)
             return torch.ops.mkldnn._linear_pointwise.default(x, self.laid_out, self.bias, then, [], kind)
@@ -646,4 +662,5 @@ class PackedLinear(nn.Module):
         return F.gelu(y) if self.gelu else y
 
 
+FEW = 4  # rows that count as few on a CPU in half precision
 ONE_BY_ONE = [0, 0], [1, 1], [1, 1], 1  # padding, stride, dilation and groups of a 1x1 convolution
