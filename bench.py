@@ -32,7 +32,7 @@ import train_gpt
 import vqgan
 from common import (AutoCount, Compile, Count, Device, Dtype, Machine, Pictures, clip_package, configure, digest, fail,
                     load_clip, load_vqgan, lock, write_json)
-from model import GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfig, cpu_has_bfloat16
+from model import FEW, GPT, VQGAN, Discriminator, GPTConfig, PackedLinear, VQGANConfig, cpu_has_bfloat16
 
 CLIPS = {"vit": (512, 224, 12, 768, 32, 77, 49408, 64, 1, 1),  # ViT-B/32 (its text side cut short), one that costs
          "cheap": (512, 32, (1, 1, 1, 1), 8, None, 24, 49408, 64, 1, 1),      # nothing, and the toy's
@@ -177,7 +177,7 @@ def sample(cfg, limit):
                         most / (numbers * t),  # 2 FLOPs a weight, t/2 tokens on average
                         "the peak of products", memory(machine)))
     dtype = sampling_dtype(cfg, machine)
-    layers = [m for m in gpt.pack(dtype).modules() if isinstance(m, PackedLinear) and m is not gpt.cond_proj]
+    layers = [m for k, m in gpt.pack(dtype).named_modules() if isinstance(m, PackedLinear) and k != "cond_proj"]
     half = str(dtype)[6:]
     cuda, capture = limit["device"] == "cuda", gpt.capture
     for compiled, name in kinds(cfg, limit) if capture else [(False, "")]:
@@ -188,12 +188,13 @@ def sample(cfg, limit):
             if cuda:  # where memory is the bound, in the next row
                 steps, bound = timed_on_gpu(gpt, cond, uniform, guidance), ()
             else:
-                inputs = [torch.randn(n, 1, m.weight.shape[1], device=machine.device, dtype=dtype) for m in layers]
+                taken = torch.float32 if n <= FEW else dtype
+                inputs = [torch.randn(n, 1, m.weight.shape[1], dtype=taken) for m in layers]
                 steps, bare = timed(gpt, cond, uniform, guidance, list(zip(layers, inputs)), every)
                 bound = b / bare, "the bare products"
             ends = max(1, len(steps) // 8)
             step, cache = sum(steps) / len(steps), cfg.n_layer * n * cfg.n_embd * t  # keys and values, half full
-            size = numbers * dtype.itemsize + cache * (4 if limit["device"] == "cpu" else dtype.itemsize)
+            size = numbers * dtype.itemsize + cache * (dtype.itemsize if cuda or n <= FEW else 4)
             least = max(size / limit["read"], 2 * numbers * n / limit[half]["products"])
             rows += [row(f"sampling, batch {b}{', guidance' if n > b else ''}, {half}{name}", b / step, "tokens/s",
                          *bound, gib=memory(machine)),
@@ -237,7 +238,7 @@ def timed_on_gpu(gpt, cond, uniform, guidance):
 
 def timed(gpt, cond, uniform, guidance, products, every):
     """On a CPU, the seconds of every so manieth token of GPT.generate, the others left out, and of the bare products,
-    run before every eighth of those."""
+    run before every second of those."""
     seconds, bare, calls, run = [], [], 0, gpt.run
     gelus, begun, logits = [layer for layer, _ in products if layer.gelu], None, None
     for layer, x in products:  # lays the weights out for so many rows
@@ -255,7 +256,7 @@ def timed(gpt, cond, uniform, guidance, products, every):
         calls += 1
         if (calls - 1) % every:
             return logits
-        if len(seconds) % 8 == 0:
+        if len(seconds) % 2 == 0:
             for layer in gelus:
                 layer.gelu = False
             start = time.perf_counter()

@@ -356,14 +356,14 @@ class Block(nn.Module):
         qkv = self.qkv(self.ln_1(x))                                                            # (B, t, 3C)
         if cache is None:
             qkv = qkv.view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)                     # (3, B, H, t, hd)
-            y = attend(*qkv.unbind(), is_causal=True)                                           # (B, H, t, hd)
+            y = attend(*qkv.unbind(), is_causal=True).transpose(1, 2)                           # (B, t, H, hd)
         else:  # t is 1: write this position's key and value into the cache, look at all up to it
             qkv = qkv.view(b, 3, self.n_head, 1, -1)                                            # (B, 3, H, 1, hd)
             here, seen = cache  # views (B, 2, H, 1, hd) and (B, 2, H, pos+1, hd)
             here.copy_(qkv.narrow(1, 1, 2))
             read = torch.float32 if x.is_cpu else seen.dtype
             y = F.scaled_dot_product_attention(qkv.select(1, 0).to(read), *seen.to(read).unbind(1))  # (B, H, 1, hd)
-        x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
+        x = x + self.proj(y.reshape(b, t, c))
         return x + self.fc_out(self.fc(self.ln_2(x)))
 
 
@@ -632,15 +632,15 @@ class PackedLinear(nn.Module):
             if dtype == torch.float32:
                 self.layout = "convolution"
             elif dtype == torch.bfloat16 and cpu_has_bfloat16():
-                self.layout, self.laid_out, self.few, self.fbgemm = "product", None, None, None  # few rows or many
+                self.layout, self.laid_out, self.few, self.most = "product", None, None, 0
                 if torch.backends.quantized.engine in ("x86", "fbgemm"):
-                    self.fbgemm = torch.ops.quantized.linear_dynamic_fp16.default
+                    self.fbgemm, self.most = torch.ops.quantized.linear_dynamic_fp16.default, FEW * linear.in_features
 
     def forward(self, x):
         then, kind = ("gelu", "none") if self.gelu else ("none", "")  # GELU's kind "none" is the exact one
         if self.layout == "product":
-            few = self.fbgemm is not None and x.numel() <= FEW * x.shape[-1]
-            if few != self.few:
+            few = x.numel() <= self.most
+            if few != self.few:  # laid out for few rows or for many
                 self.few, self.laid_out = few, (
                     torch.ops.quantized.linear_prepack_fp16(self.weight.float(), self.bias.float()) if few else
                     torch.ops.mkldnn._reorder_linear_weight(self.weight, 1))
