@@ -455,8 +455,9 @@ class GPT(nn.Module):
         if guidance != 1.0:
             x = torch.cat([x, self.null.expand_as(x)])                                          # (2B, 1, C)
         n, rows = len(self.blocks), len(x)
-        if x.is_cpu and not self.capture:  # Attention reads float32 here. For a few rows it is faster to convert them
-            # each time than to read twice as much; the core that reads a head's values then converts them and its keys.
+        if x.is_cpu and not self.capture:
+            # Attention reads float32 here. A few rows are faster converted each time than read in twice the length, and
+            # with a head's values behind its keys they are converted by the core that will read both.
             kept = self.dtype if rows <= FEW else torch.float32
             caches = x.new_zeros(n, rows, h, 2, t_max, c // h, dtype=kept).transpose(2, 3)
         else:
