@@ -188,13 +188,13 @@ def sample(cfg, limit):
             if cuda:  # where memory is the bound, in the next row
                 steps, bound = timed_on_gpu(gpt, cond, uniform, guidance), ()
             else:
-                taken = torch.float32 if n <= FEW else dtype
-                inputs = [torch.randn(n, 1, m.weight.shape[1], dtype=taken) for m in layers]
+                taken = torch.float32 if limit["device"] == "cpu" and n <= FEW else dtype
+                inputs = [torch.randn(n, 1, m.weight.shape[1], device=machine.device, dtype=taken) for m in layers]
                 steps, bare = timed(gpt, cond, uniform, guidance, list(zip(layers, inputs)), every)
                 bound = b / bare, "the bare products"
             ends = max(1, len(steps) // 8)
             step, cache = sum(steps) / len(steps), cfg.n_layer * n * cfg.n_embd * t  # keys and values, half full
-            size = numbers * dtype.itemsize + cache * (dtype.itemsize if cuda or n <= FEW else 4)
+            size = numbers * dtype.itemsize + cache * (4 if limit["device"] == "cpu" and n > FEW else dtype.itemsize)
             least = max(size / limit["read"], 2 * numbers * n / limit[half]["products"])
             rows += [row(f"sampling, batch {b}{', guidance' if n > b else ''}, {half}{name}", b / step, "tokens/s",
                          *bound, gib=memory(machine)),

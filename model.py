@@ -362,7 +362,7 @@ class Block(nn.Module):
             here, seen = cache  # views (B, 2, H, 1, hd) and (B, 2, H, pos+1, hd)
             here.copy_(qkv.narrow(1, 1, 2))
             read = torch.float32 if x.is_cpu else seen.dtype
-            y = F.scaled_dot_product_attention(qkv.select(1, 0).to(read), *seen.to(read).unbind(1))  # (B, H, 1, hd)
+            y = attend(qkv.select(1, 0).to(read), *seen.to(read).unbind(1))                     # (B, H, 1, hd)
         x = x + self.proj(y.reshape(b, t, c))
         return x + self.fc_out(self.fc(self.ln_2(x)))
 
