@@ -194,7 +194,7 @@ def sample(cfg, limit):
                 bound = b / bare, "the bare products"
             ends = max(1, len(steps) // 8)
             step, cache = sum(steps) / len(steps), cfg.n_layer * n * cfg.n_embd * t  # keys and values, half full
-            size = numbers * dtype.itemsize + cache * (4 if limit["device"] == "cpu" and n > FEW else dtype.itemsize)
+            size = (numbers + cache) * dtype.itemsize
             least = max(size / limit["read"], 2 * numbers * n / limit[half]["products"])
             rows += [row(f"sampling, batch {b}{', guidance' if n > b else ''}, {half}{name}", b / step, "tokens/s",
                          *bound, gib=memory(machine)),

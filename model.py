@@ -350,6 +350,7 @@ class Block(nn.Module):
         self.ln_1, self.ln_2 = nn.LayerNorm(c), nn.LayerNorm(c)
         self.qkv, self.proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
         self.fc, self.fc_out = GeluLinear(c, 4 * c), nn.Linear(4 * c, c)
+        self.attend_packed = None  # kernels_cpu.attend, once packed in bfloat16 for a CPU
 
     def forward(self, x, cache=None):
         b, t, c = x.shape
@@ -357,12 +358,13 @@ class Block(nn.Module):
         if cache is None:
             qkv = qkv.view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)                     # (3, B, H, t, hd)
             y = attend(*qkv.unbind(), is_causal=True).transpose(1, 2)                           # (B, t, H, hd)
-        else:  # t is 1: write this position's key and value into the cache, look at all up to it
+        elif self.attend_packed:  # does what follows
+            y = self.attend_packed(qkv, cache)                                                  # (B, 1, C)
+        else:  # t is 1: write this position's key and value into the cache (B, 2, H, pos+1, hd), look at all up to it
             qkv = qkv.view(b, 3, self.n_head, 1, -1)                                            # (B, 3, H, 1, hd)
-            here, seen = cache  # views (B, 2, H, 1, hd) and (B, 2, H, pos+1, hd)
-            here.copy_(qkv.narrow(1, 1, 2))
-            read = torch.float32 if x.is_cpu else seen.dtype
-            y = attend(qkv.select(1, 0).to(read), *seen.to(read).unbind(1))                     # (B, H, 1, hd)
+            cache.narrow(3, cache.shape[3] - 1, 1).copy_(qkv.narrow(1, 1, 2))
+            read = torch.float32 if x.is_cpu else cache.dtype
+            y = attend(qkv.select(1, 0).to(read), *cache.to(read).unbind(1))                    # (B, H, 1, hd)
         x = x + self.proj(y.reshape(b, t, c))
         return x + self.fc_out(self.fc(self.ln_2(x)))
 
@@ -421,10 +423,8 @@ class GPT(nn.Module):
         """Embedded inputs (B, t, C) at positions pos.. -> logits (B, t, K). With caches (n_layer, B, 2, H, T, hd) of
         keys and values t is 1."""
         x = x + self.pos_emb[pos:pos + x.shape[1]]                                              # (B, t, C)
-        if caches is None:
-            each = [None] * len(self.blocks)
-        else:  # cut for all blocks at once: at batch 1 the calls between two products count
-            each = zip(caches.narrow(4, pos, 1).unbind(), caches.narrow(4, 0, pos + 1).unbind())
+        # cut for all blocks at once: at batch 1 the calls between two products count
+        each = [None] * len(self.blocks) if caches is None else caches.narrow(4, 0, pos + 1).unbind()
         for block, cache in zip(self.blocks, each):
             x = block(x, cache)
         return self.head(self.ln_f(x))
@@ -455,11 +455,8 @@ class GPT(nn.Module):
         if guidance != 1.0:
             x = torch.cat([x, self.null.expand_as(x)])                                          # (2B, 1, C)
         n, rows = len(self.blocks), len(x)
-        if x.is_cpu and not self.capture:
-            # Attention reads float32 here. A few rows are faster converted each time than read in twice the length, and
-            # with a head's values behind its keys they are converted by the core that will read both.
-            kept = self.dtype if rows <= FEW else torch.float32
-            caches = x.new_zeros(n, rows, h, 2, t_max, c // h, dtype=kept).transpose(2, 3)
+        if x.is_cpu and not self.capture:  # a head's values lie behind its keys: the same core reads both
+            caches = x.new_zeros(n, rows, h, 2, t_max, c // h, dtype=self.dtype).transpose(2, 3)
         else:
             caches = x.new_zeros(n, rows, 2, h, t_max, c // h, dtype=self.dtype)                # keys and values
         tokens = torch.empty(t_max, b, dtype=torch.long, device=x.device)
@@ -485,8 +482,9 @@ class GPT(nn.Module):
     def pack(self, dtype):
         """Make this a network that only samples, in `dtype`, for good: every Linear is packed; the stream between the
         blocks and norms stay float32. On a CPU self.head and the like become plain functions, since beside weights that
-        fill a core's caches all Python is slow; on a GPU, where there is Triton, kernels.py takes the place of `run`,
-        and its `fold` the norms into the weights."""
+        fill a core's caches all Python is slow, and in bfloat16, where there is a C compiler, kernels_cpu.py computes
+        attention and GELU; on a GPU, where there is Triton, kernels.py takes the place of `run`, and its `fold` the
+        norms into the weights."""
         self.dtype = dtype
         if self.pos_emb.device.type == "cuda" and not isinstance(self.head, PackedLinear):
             with contextlib.suppress(ImportError):  # where there is no Triton
@@ -506,6 +504,13 @@ class GPT(nn.Module):
                         call = functools.partial(torch.layer_norm, normalized_shape=child.normalized_shape,
                                                  weight=child.weight, bias=child.bias, eps=child.eps)
                     module.__dict__[name] = call
+        if self.pos_emb.device.type == "cpu" and dtype == torch.bfloat16:
+            import kernels_cpu
+            for module in self.modules() if kernels_cpu.compiled() else ():
+                if isinstance(module, Block):
+                    module.attend_packed = kernels_cpu.attend
+                elif isinstance(module, PackedLinear):
+                    module.activation = kernels_cpu.gelu
         return self
 
     def generate(self, cond, uniform, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0):
@@ -628,6 +633,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear, dtype):
         super().__init__()
         self.gelu, self.rows, self.layout = isinstance(linear, GeluLinear), 0, "plain"
+        self.activation = F.gelu  # behind FBGEMM's product; GPT.pack may set a faster one
         self.weight, self.bias = linear.weight.detach().to(dtype), linear.bias.detach().to(dtype)
         if self.weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
             if dtype == torch.float32:
@@ -647,8 +653,7 @@ class PackedLinear(nn.Module):
                     torch.ops.mkldnn._reorder_linear_weight(self.weight, 1))
             if few:
                 y = self.fbgemm(x.float(), self.laid_out)
-                # torch gives a contiguous tensor's GELU to oneDNN, which takes 12 us to begin; seen askew it is its own
-                return F.gelu(y.view(2, -1).T).T.view(y.shape) if self.gelu else y
+                return self.activation(y) if self.gelu else y
             x = x.to(torch.bfloat16)
             return torch.ops.mkldnn._linear_pointwise.default(x, self.laid_out, self.bias, then, [], kind)
         if self.layout == "convolution":

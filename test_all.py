@@ -36,7 +36,8 @@ import toy
 import train_gpt
 import vqgan
 import evaluate
-from model import (GPT, VQGAN, Conv2d, ConvolutionByColumns, Discriminator, GeluLinear, GPTConfig, PackedLinear,
+import kernels_cpu
+from model import (GPT, VQGAN, Block, Conv2d, ConvolutionByColumns, Discriminator, GeluLinear, GPTConfig, PackedLinear,
                    Quantizer, VQGANConfig, cpu_has_bfloat16, hinge_loss, pick)
 
 HERE = Path(__file__).parent
@@ -1669,6 +1670,8 @@ def test_packed_sampling_is_the_same_network(classic, guidance):
     for net, dtype in ((full, torch.float32), (half, torch.bfloat16)):
         packed = [m for m in net.modules() if isinstance(m, PackedLinear)]
         assert len(packed) == 4 * 3 + 2 and {m.weight.dtype for m in packed} == {dtype}
+        in_c = dtype == torch.bfloat16 and kernels_cpu.compiled()
+        assert all(bool(m.attend_packed) == bool(in_c) for m in net.modules() if isinstance(m, Block))
     alone, again = [torch.cat([forced_logits(net, c[None], t[None], guidance) for c, t in zip(cond, tokens)])
                     for net in (half, full)]
     assert (alone - exact).norm() < 0.02 * guidance * exact.norm()
@@ -1684,6 +1687,41 @@ def test_a_packed_layer_is_laid_out_for_its_rows(gelu):
         x = some(rows, 1, 64, seed=rows)
         exact = layer(x)
         assert packed(x).shape == exact.shape and (packed(x) - exact).norm() < 0.01 * exact.norm(), rows
+
+
+@pytest.mark.parametrize("rows, heads, length, size", [(1, 16, 256, 64), (3, 5, 7, 9), (16, 2, 40, 36), (1, 1, 1, 1)])
+def test_attention_in_c_is_torchs(rows, heads, length, size):
+    if not kernels_cpu.compiled():
+        pytest.skip("needs a C compiler")
+    cache = some(rows, heads, 2, length, size).bfloat16()
+    for now in {0, length // 2, length - 1}:
+        qkv, filled = some(rows, 1, 3 * heads * size, seed=now), cache.clone()
+        q, k, v = qkv.view(rows, 3, heads, size).unbind(1)
+        filled[:, :, 0, now], filled[:, :, 1, now] = k, v
+        keys, values = filled[:, :, :, :now + 1].float().unbind(2)
+        exact = F.scaled_dot_product_attention(q[:, :, None], keys, values).reshape(rows, 1, -1)
+        y = kernels_cpu.attend(qkv, cache.transpose(1, 2)[:, :, :, :now + 1])
+        assert torch.equal(cache, filled) and y.shape == exact.shape and (y - exact).abs().max() < 1e-5
+        assert torch.equal(y[:1], kernels_cpu.attend(qkv[:1], cache[:1].transpose(1, 2)[:, :, :, :now + 1]))
+    x = 3 * some(rows, 1, heads * size)
+    exact = F.gelu(x)
+    assert kernels_cpu.gelu(x) is x and (x - exact).abs().max() < 1e-5
+    assert torch.tensor(1e-40) * 1 > 0  # the smallest numbers are not rounded to zero from now on
+
+
+@pytest.mark.parametrize("command, why", [(["no-such-compiler"], "no-such-compiler"),
+                                          (["cc", "--no-such-option", "-o"], "no-such-option")])
+def test_without_a_compiler_sampling_is_the_same_network(command, why, monkeypatch):
+    model = tiny_gpt()
+    cond, tokens = model.condition(some(3, 24)), tokens_for(model, 3)
+    monkeypatch.setattr(kernels_cpu, "COMMAND", command)
+    monkeypatch.setattr(kernels_cpu, "compiled", kernels_cpu.compiled.__wrapped__)
+    with pytest.warns(UserWarning, match=why if shutil.which(command[0]) else command[0]):
+        packed = copy.deepcopy(model).pack(torch.bfloat16)
+    for guidance in 1.0, 2.0:
+        exact = forced_logits(model, cond, tokens, guidance)
+        off = (forced_logits(packed, cond, tokens, guidance) - exact).norm() / exact.norm()
+        assert 0 < off < 0.02 * guidance
 
 
 INTERPRETED = """
