@@ -133,8 +133,9 @@ def neighbour_spread(model, clip, seed, share=0.01, anchors=256, most=50000):
 def make_batches(tokens, clip, cfg, spread=None, idle=False):
     """A function from step to that step's global batch, a pure function of (seed, step): tokens to write (B, T) and to
     read (B, T), embeddings (B, D), noise (B, D), drop (B,). Every epoch goes through all rows in a new order. A thread
-    reads the next step's rows while a step computes, so that a dump larger than memory does not keep it waiting; where
-    cores are `idle` meanwhile, beside a GPU, it makes the noise as well. `spread` is what neighbour_spread gives."""
+    reads the next four steps' rows while a step computes, so that neither a dump larger than memory nor a disk that is
+    slow for a moment keeps it waiting; where cores are `idle` meanwhile, beside a GPU, it makes the noise as well.
+    `spread` is what neighbour_spread gives."""
     orders, ahead, beside = {}, {}, ThreadPoolExecutor(1)
     files = [(a, open(a.filename, "rb")) for a in (tokens, clip)
              if isinstance(a, np.memmap) and hasattr(os, "posix_fadvise")]
@@ -170,9 +171,12 @@ def make_batches(tokens, clip, cfg, spread=None, idle=False):
         return with_noise(step, *fetch(step)) if idle else fetch(step)
 
     def batch(step):
-        made = (ahead.pop(step, None) or beside.submit(work, step)).result()
-        ahead.clear()
-        ahead[step + 1] = beside.submit(work, step + 1)
+        if step not in ahead:  # the first, or one out of order
+            ahead.clear()
+        for near in range(step, step + 5):
+            if near not in ahead:
+                ahead[near] = beside.submit(work, near)
+        made = ahead.pop(step).result()
         return made if idle else with_noise(step, *made)
     return batch
 
