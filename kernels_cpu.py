@@ -99,6 +99,7 @@ def compiled():
 def attend(qkv, seen):
     """Queries, keys and values (R, 1, 3C) of one position, and views (R, 2, H, pos+1, hd) of the keys and values of a
     bfloat16 cache (R, H, 2, T, hd), of which it fills in the last -> (R, 1, C) float32."""
+    assert seen.dtype == torch.bfloat16 and seen.stride(2) == 2 * seen.stride(1)  # as C takes it to lie
     attention, _ = compiled()
     (rows, _, heads, t, size), qkv = seen.shape, qkv.float().contiguous()
     y = torch.empty(rows, 1, heads * size)
