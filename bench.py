@@ -418,7 +418,7 @@ def prepares(cfg, limit):
 
 def batches(cfg, limit, step):
     """make_batches on rows that are dropped from the page cache first; asleep for as long as a training step between
-    two, while the disk fetches the next. `step`: seconds of the demo's GPT step."""
+    two, while the disk fetches the next ones. `step`: seconds of the demo's GPT step."""
     data, rng, arrays = cfg.data, np.random.default_rng(0), []
     n, b = cfg.mib * 2 ** 20 // 1536, 128
     for name, width, dtype in (("cold_tokens", 256, np.uint16), ("cold_clip", 512, np.float16)):

@@ -1,13 +1,14 @@
 """Sampling in bfloat16 on a CPU: what takes longest between two products of model.GPT.decode_logits, in C.
 
 A token has to wait for the weights to be read; what lies between two products comes on top, and the most of that is
-attention. torch writes all keys and values so far out as float32 first and then calls a product for each head, with a
-single row, which costs more to call than to compute. Here a head is one loop: it reads each key and each value once, in
-bfloat16, and widens it in a register. The GELU is next: torch has oneDNN compute it, which takes longer to begin than a
-row's few thousand take. Heads and numbers are shared out among torch's own threads.
+attention. torch writes all keys and values so far out as float32 first and then computes a product for each head; with
+a single query, starting a product costs more than computing it. Here a head is one loop: it reads each key and each
+value once, in bfloat16, and widens it in a register; sums are float32. The GELU behind FBGEMM's product (of up to four
+rows; oneDNN's products contain theirs) is next: torch has oneDNN compute it, and starting that takes longer than
+computing a row's few thousand numbers. Heads and numbers are shared out among torch's own threads.
 
-The machine's C compiler translates this when a GPT is packed, in a third of a second. Where there is none, or it fails,
-model.py computes the same by torch."""
+The machine's C compiler compiles this when a GPT is packed, in a fifth of a second or a third. Where there is none, or
+it fails, model.py computes the same by torch."""
 import ctypes
 import functools
 import subprocess
@@ -84,10 +85,11 @@ def compiled():
     try:
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder, "kernels.so")
-            subprocess.run([*COMMAND, library], input=SOURCE.encode(), check=True, capture_output=True)
+            subprocess.run([*COMMAND, library], input=SOURCE.encode(), check=True, capture_output=True, timeout=60)
             functions = ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as e:
-        why = getattr(e, "stderr", b"").decode(errors="replace").strip().split("\n")[0]
+            functions.attention, functions.gelu  # are in it
+    except (OSError, AttributeError, subprocess.SubprocessError) as e:
+        why = (getattr(e, "stderr", None) or b"").decode(errors="replace").strip().split("\n")[0]
         warnings.warn(f"kernels_cpu.py can't be used here ({why or e}), sampling by torch alone")
         return None
     functions.attention.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 5
@@ -98,11 +100,12 @@ def compiled():
 
 def attend(qkv, seen):
     """Queries, keys and values (R, 1, 3C) of one position, and views (R, 2, H, pos+1, hd) of the keys and values of a
-    bfloat16 cache (R, H, 2, T, hd), of which it fills in the last -> (R, 1, C) float32."""
+    dense bfloat16 cache (R, H, 2, T, hd), of which it fills in the last -> (R, 1, C) float32. For where `compiled`
+    returns the functions."""
     assert seen.dtype == torch.bfloat16 and seen.stride(2) == 2 * seen.stride(1)  # as C takes it to lie
     attention, _ = compiled()
     (rows, _, heads, t, size), qkv = seen.shape, qkv.float().contiguous()
-    y = torch.empty(rows, 1, heads * size)
+    y = torch.empty(rows, 1, heads * size, dtype=torch.float32)
     attention(qkv.data_ptr(), seen.data_ptr(), y.data_ptr(), rows, heads, seen.stride(1) // size, size, t - 1)
     return y
 

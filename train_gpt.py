@@ -171,12 +171,13 @@ def make_batches(tokens, clip, cfg, spread=None, idle=False):
         return with_noise(step, *fetch(step)) if idle else fetch(step)
 
     def batch(step):
-        if step not in ahead:  # the first, or one out of order
-            ahead.clear()
-        for near in range(step, step + 5):
-            if near not in ahead:
-                ahead[near] = beside.submit(work, near)
-        made = ahead.pop(step).result()
+        near = range(step, step + 5)
+        for other in [s for s in ahead if s not in near]:
+            ahead.pop(other).cancel()
+        for s in near:
+            if s not in ahead:
+                ahead[s] = beside.submit(work, s)
+        made = ahead[step].result()
         return made if idle else with_noise(step, *made)
     return batch
 
@@ -229,7 +230,7 @@ def main():
     clip = load_clip(meta["clip"], machine.device, cfg.trust_jit) if cfg.recon else None
     if clip and clip.sha256 != meta["clip_sha256"]:
         fail(f"{cfg.data} was made with another CLIP than the {meta['clip']} found now; put that one back")
-    example = [put(x[:part]) for x in batch(0)]
+    example = [put(x[:part]) for x in batch(run.step)]
     example = model.condition(example[2]), example[0], None if cfg.classic else example[4], example[1]
     long = machine.device.type == "cuda" and cfg.max_steps >= 2000  # compiling takes as long as hundreds of steps
     loss_of = machine.compile(model.loss, cfg.compile == "True" or cfg.compile == "auto" and long, example)
