@@ -397,11 +397,13 @@ def prepares(cfg, limit):
         for _ in prepare.loader(items, range(n), workers):
             pass
         return time.time() - begun
-    before = seconds(decoding, len(decoding))
-    rate, = call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / "prepared", val_percent=0,
-                 chunk=c.chunk, vqgan=data / "toy.vqgan", clip=data / "toy.clip")
+    decoded, rates = [], []
+    for i in range(3):  # in turns, of which the median counts: each is over in a few seconds
+        decoded.append(len(source.names) / seconds(decoding, len(decoding)))
+        rates += call("prepare.py", cfg, r"picture \d+/\d+  (\S+)/s", data=c.data, out=data / f"prepared_{i}",
+                      val_percent=0, chunk=c.chunk, vqgan=data / "toy.vqgan", clip=data / "toy.clip")
+    decoded, rate = statistics.median(decoded), statistics.median(rates)
     largest = memory(machine, resource.RUSAGE_CHILDREN) if machine.device.type == "cpu" else None
-    decoded = 2 * len(source.names) / (before + seconds(decoding, len(decoding)))
     crops = next(crops for _, *crops, _ in map(chunks(None).__getitem__, range(len(decoding))) if len(crops[0]))
     again = Again(lambda *x: prepare.rows_of(*x, net, clip, machine), crops)
     if apart:
