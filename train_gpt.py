@@ -1,335 +1,313 @@
 """Stage 3: learn to write tokens behind a CLIP embedding.
 
-The GPT sees [embedding] t0 t1 t2 ... and predicts each next token: next-word prediction, where the words are codes of a
-picture and the first "word" is what CLIP sees in that picture. Trained on pictures alone, it is handed the embedding of
-a text when sampling. So that it forgives the difference, the embedding is centred and gets noise, part of it shaped
-like what a text leaves open; in a tenth of the rows it is withheld, which is what classifier-free guidance needs; and a
-tenth of the tokens read are wrong ones, so that the GPT trusts the embedding more than what it has just written. The
-loss itself is GPT.loss in model.py; make_batches says what one step is given."""
+The GPT sees [embedding] t0 t1 t2 ... and predicts each next token: next-word prediction, where the
+words are codes of an image and the first "word" is what CLIP sees in that image. It trains on
+images alone, and is handed the embedding of a text when sampling. So that it forgives the
+difference, the embedding is centred and gets noise, part of it shaped like what a text leaves open;
+in a tenth of the rows it is withheld, which is what classifier-free guidance needs; and a tenth of
+the input tokens are wrong, so that the GPT trusts the embedding more than what it has just written.
+The loss is GPT.loss in model.py; make_batches says what one step is given."""
 import copy
-import json
 import math
-import mmap
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from common import (Amount, Compile, Count, Device, Dtype, Machine, Muon, Preset, Progress, Run, Share, Whole,
-                    configure, digest, fail, file_sha256, learning_rate, load_clip, load_vqgan, millions, resized,
-                    save_grid, to_image)
+from common.batches import Prefetcher, prefetch_rows, release_pages
+from common.checkpoints import TrainState, load_gpt, load_named, load_vqgan, path_from
+from common.clip_loss import make_clip_loss
+from common.dumps import open_dump
+from common.files import file_sha256
+from common.images import save_grid, to_image
+from common.optim import Muon, optimizer_step, set_learning_rate, update_ema
+from common.options import check_range, fail, parse_options, shared_fields
+from common.process import run_main
+from common.runs import Run, is_eval_step
+from common.runtime import Runtime, format_size
 from model import GPT, GPTConfig
 
 
 @dataclass
 class Config:
-    preset: Preset = ""                 # paper, or 24gb for one card of that size; see PRESETS
-    data: str = "data/toy_tokens"       # a dump of prepare.py
-    out: str = "out/gpt"                # the run: gpt.pt, gpt.jsonl, grid.png
-    vqgan: str = ""                     # whose decoder draws grid.png; empty: the one that made the dump
-    trust_jit: bool = False             # as in prepare.py; only --recon needs the CLIP again
-    seed: Whole = 0                     # of the weights, the order of rows, the noise and the drops
+    preset: str = ""                 # paper, or 24gb for one card of that size; see PRESETS
+    data: str = "data/toy_tokens"    # a dump of prepare.py
+    out: str = "out/gpt"             # the run: gpt.pt, gpt.jsonl, grid.png
+    vqgan: str = ""                  # whose decoder draws grid.png (empty: that of the dump)
+    trust_jit: bool = False          # as in prepare.py; for --clip_loss_weight
+    init_from: str = ""              # start from the weights of this checkpoint, and its shape
+    fresh: bool = False              # replace the run that is in --out
+    seed: int = 0                    # of the weights, the order of rows, the noise, the drops
     # network
-    n_layer: Count = 4                  # blocks
-    n_head: Count = 6                   # attention heads
-    n_embd: Count = 192                 # width
-    classic: bool = False               # the 2022 network; never centres or drops the condition or adds noise to it
-    zero_init: bool = True              # each block's last layers and the head start at zero
+    n_layer: int = 4                 # blocks
+    n_head: int = 6                  # attention heads
+    n_embd: int = 192                # width
+    n_prefix: int = 1                # prefix tokens made of the embedding
+    classic: bool = False            # the 2022 network: no centring, noise or dropped conditions
+    zero_init: bool = True           # each block's last layers and the head start at zero
+    dropout: float = 0.0             # of the embeddings and of each block's two outputs
     # condition
-    noise: Amount = 0.5                 # length s of the noise in c = norm(c + s e/|e| + spread)
-    spread: Amount = 0.75               # times what pictures of one meaning differ by: more noise, of that shape
-    center: bool = True                 # subtract the mean embedding, of pictures or of texts
-    drop: Share = 0.1                   # of the rows lose their condition, for guidance
-    corrupt: Share = 0.1                # of the tokens it reads are another picture's
-    recon: Amount = 0.0                 # weight of the paper's embedding-reconstruction loss, on an eighth of the rows
+    noise: float = 0.5               # length s of the noise in c = norm(c + s e/|e| + spread)
+    spread: float = 0.75             # times what images of one meaning differ by: shaped noise
+    center: bool = True              # subtract the mean embedding, of images or of texts
+    cond_drop_prob: float = 0.1      # share of rows that lose their condition, for guidance
+    token_corruption: float = 0.1    # share of the input tokens that are another image's
+    clip_loss_weight: float = 0.0    # of the paper's embedding-reconstruction loss, on 1/8 of rows
     # training
-    max_steps: Count = 450              # training steps
-    batch_size: Count = 128             # rows a step, over all processes and accumulated parts
-    accumulate: Count = 1               # parts that a process's share of the batch is cut into
-    muon: bool = True                   # the blocks' matrices learn by Muon; False: all by AdamW, as in 2022
-    learning_rate: Amount = 6e-3        # peak, warm-up then cosine
-    warmup: Whole = 50                  # steps of linear warm-up
-    weight_decay: Amount = 0.1          # on matrices that AdamW moves
-    grad_clip: Amount = 1.0             # largest gradient norm, 0 is none
-    ema: Share = 0.99                   # decay of the moving average of the weights, which is what sampling uses
-    eval_every: Count = 150             # steps between evaluations, each with a checkpoint and grid.png
-    eval_rows: Count = 1024             # validation rows, always the same
-    device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
-    compile: Compile = "auto"           # torch.compile: auto (on CUDA, from 2,000 steps on), True, False
-    dry_run: bool = False               # a few real steps, then memory, rate and the time the whole run would take
+    max_steps: int = 450             # training steps
+    batch_size: int = 128            # rows a step, over all processes and accumulation steps
+    grad_accum_steps: int = 1        # micro-batches that a process's share is cut into
+    muon: bool = True                # blocks' matrices learn by Muon; False: AdamW, as in 2022
+    learning_rate: float = 6e-3      # peak; warm-up, then cosine
+    warmup: int = 50                 # steps of linear warm-up
+    weight_decay: float = 0.1        # on matrices that AdamW moves
+    grad_clip: float = 1.0           # largest gradient norm, 0 is none
+    ema: float = 0.99                # decay of the weights' moving average, which sampling uses
+    eval_every: int = 150            # steps between evaluations, each with a checkpoint
+    eval_rows: int = 1024            # validation rows, always the same
+    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"              # of autocast: auto, float32, bfloat16, float16
+    compile: bool | None = None      # torch.compile (auto: on CUDA, from 2,000 steps on)
+    dry_run: bool = False            # a few real steps, then memory, rate and the time of all
 
 
 PRESETS = {  # for --preset
-    "paper": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "classic": True, "batch_size": 256, "max_steps": 300000,
-              "muon": False, "corrupt": 0.0, "learning_rate": 3e-4, "warmup": 2000, "ema": 0.9999,
-              "eval_every": 5000},
-    "24gb": {"n_layer": 16, "n_head": 16, "n_embd": 1024, "batch_size": 256, "accumulate": 8, "max_steps": 200000,
-             "muon": False, "learning_rate": 6e-4, "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
+    "paper": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "classic": True, "batch_size": 256,
+              "max_steps": 300000, "muon": False, "token_corruption": 0.0, "learning_rate": 3e-4,
+              "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
+    "24gb": {"n_layer": 16, "n_head": 16, "n_embd": 1024, "batch_size": 256, "grad_accum_steps": 8,
+             "max_steps": 200000, "muon": False, "learning_rate": 6e-4, "warmup": 2000,
+             "ema": 0.9999, "eval_every": 5000},
 }
 
 
-def open_dump(folder):
-    """A dump of prepare.py -> (meta, {"train": (tokens, embeddings), "val": ...}), checked and memory-mapped."""
-    path = Path(folder, "meta.json")
-    if not path.is_file():
-        fail(f"there is no dump in {folder} (no meta.json); make one with prepare.py --out={folder}")
-    try:
-        meta = json.loads(path.read_text())
-        if meta.pop("digest") != digest(meta):
-            fail(f"{path} is not what prepare.py wrote; prepare again into another folder")
-        shapes = {f"{s}_{kind}.bin": (meta[f"{s}_rows"], meta[width], meta[f"{kind}_dtype"])
-                  for s in ("train", "val") for kind, width in (("tokens", "tokens"), ("clip", "clip_dim"))}
-        arrays = {}
-        for name, (rows, width, dtype) in shapes.items():
-            file = Path(folder, name)
-            if not file.is_file() or file.stat().st_size != rows * width * np.dtype(dtype).itemsize:
-                fail(f"{file} is missing or not {rows} rows long; prepare again into another folder")
-            if file_sha256(file) != meta["files"][name]:
-                fail(f"{file} is not the file prepare.py wrote (its hash differs); prepare again into another folder")
-            arrays[name] = np.memmap(file, dtype, "r", shape=(rows, width)) if rows else np.zeros((0, width), dtype)
-        tokens = arrays["train_tokens.bin"]
-        if meta["grid"] ** 2 != meta["tokens"] or not len(tokens) or tokens.max() >= meta["codes"]:
-            fail(f"the tokens in {folder} do not fit a {meta['grid']} x {meta['grid']} grid of {meta['codes']} codes; "
-                 f"prepare again into another folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        fail(f"{path} is damaged ({type(e).__name__}: {e}); prepare again into another folder")
-    return meta, {s: (arrays[f"{s}_tokens.bin"], arrays[f"{s}_clip.bin"]) for s in ("train", "val")}
+@torch.no_grad()
+def neighbour_spread(model, clip_embeds, seed, neighbours=0.01, anchors=256, max_rows=50000):
+    """A factor R (D, D) of the mean local covariance: e R, e standard normal, varies as the image
+    embeddings (N, D) nearest to an embedding, that share of all, vary around their mean.
+
+    A text is one point where the images it fits are a cloud: "a red bus" says nothing of the
+    background. With noise of this shape in training the GPT learns what a text leaves open;
+    sample.py moves each image's condition by it, so that images of one text vary as they should."""
+    chosen = np.random.default_rng((seed, 2)).permutation(len(clip_embeds))[:max_rows]
+    embeds = torch.from_numpy(clip_embeds[np.sort(chosen)].astype(np.float32))
+    c = model.condition(embeds.to(model.means.device))                           # (N, D)
+    k = min(max(2, round(len(c) * neighbours)), len(c))
+    covariance = torch.zeros_like(c[0].outer(c[0]))                              # (D, D)
+    chosen = range(0, len(c), -(-len(c) // anchors))
+    for i in chosen:
+        nearest = c[(c @ c[i]).topk(k).indices]                                  # (k, D)
+        nearest = nearest - nearest.mean(0)
+        covariance += nearest.T @ nearest / max(1, len(nearest) - 1) / len(chosen)
+    values, vectors = np.linalg.eigh(covariance.cpu().double().numpy())
+    root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T                   # (D, D)
+    return torch.from_numpy(root.astype(np.float32))
 
 
-def let_go(*arrays):
-    """Hand back the pages that were read of memory-mapped arrays, which count as this process's memory and would come
-    to whole files. The system keeps them for as long as it has room."""
-    for array in arrays:
-        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            array.base.madvise(mmap.MADV_DONTNEED)
+def make_batches(tokens, clip_embeds, cfg, spread=None, in_thread=False):
+    """A function from step to that step's global batch, a pure function of (seed, step): targets
+    (B, T), inputs (B, T), embeddings (B, D), noise (B, D), drop (B,). Every epoch goes through all
+    rows in a new order. `spread` is of neighbour_spread. A thread reads ahead; beside a GPU
+    (in_thread) it makes the noise as well."""
+    orders = {}
+
+    def row_order(epoch):
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = np.random.default_rng((cfg.seed, 0, epoch)).permutation(len(tokens))
+        return orders[epoch]
+
+    def read(step):
+        rows = np.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size)
+        index = np.array([row_order(r // len(tokens))[r % len(tokens)] for r in rows.tolist()])
+        prefetch_rows(tokens, index)
+        prefetch_rows(clip_embeds, index)
+        batch = tokens[index].astype(np.int64), clip_embeds[index].astype(np.float32)
+        release_pages(tokens, clip_embeds)
+        return batch                                                             # (B, T), (B, D)
+
+    def corrupt(step, targets, embeds):
+        rng = np.random.default_rng((cfg.seed, 1, step))
+        noise = rng.standard_normal(embeds.shape, np.float32)                    # (B, D)
+        noise *= cfg.noise / np.linalg.norm(noise, axis=1, keepdims=True)
+        drop = rng.random(cfg.batch_size) < cfg.cond_drop_prob                   # (B,)
+        if spread is not None:
+            normal = torch.from_numpy(rng.standard_normal(embeds.shape, np.float32))
+            noise += cfg.spread * (normal @ spread).numpy()  # numpy's threads would disturb torch's
+        is_wrong = rng.random(targets.shape) < cfg.token_corruption
+        inputs = np.where(is_wrong, np.roll(targets, 1, 0), targets)             # (B, T)
+        return [torch.from_numpy(x) for x in (targets, inputs, embeds, noise, drop)]
+
+    if in_thread:
+        return Prefetcher(lambda step: corrupt(step, *read(step)))
+    prefetched = Prefetcher(read)
+    return lambda step: corrupt(step, *prefetched(step))
+
+
+def make_state(gpt_config, meta, clip_embeds, cfg, runtime, is_new):
+    """Network, its moving average, optimisers: what training changes."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(gpt_config).to(runtime.device)
+    if cfg.init_from:
+        model.load_state_dict(load_gpt(cfg.init_from, runtime.device)[0].state_dict())
+    if cfg.center and not cfg.classic:
+        model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
+    if is_new and not cfg.classic:
+        model.spread.copy_(neighbour_spread(model, clip_embeds, cfg.seed))
+    params = list(model.parameters())
+    muon_params = {p for p in model.blocks.parameters() if p.dim() == 2 and cfg.muon}
+    decayed = [p for p in params if p not in muon_params and p.dim() >= 2]
+    not_decayed = [p for p in params if p not in muon_params and p.dim() < 2]
+    adam = torch.optim.AdamW([{"params": decayed, "weight_decay": cfg.weight_decay},
+                              {"params": not_decayed, "weight_decay": 0.0}],
+                             0.0, (0.9, 0.95), fused=runtime.fused)
+    muon = {"muon": Muon([p for p in params if p in muon_params])} if cfg.muon else {}
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    return TrainState(model=model, ema=copy.deepcopy(model).requires_grad_(False).eval(),
+                      adam=adam, **muon, scaler=scaler)
+
+
+def train_step(state, batch, loss_fn, clip_loss, cfg, runtime):
+    """Forward and backward of one global batch, micro-batch by micro-batch, and the optimisers'
+    step. Returns (loss, gradient norm, is_finite)."""
+    micro_batch_size = cfg.batch_size // runtime.world // cfg.grad_accum_steps
+    total = torch.zeros((), device=runtime.device)
+    for i in range(cfg.grad_accum_steps):
+        first = (runtime.rank * cfg.grad_accum_steps + i) * micro_batch_size
+        rows = slice(first, first + micro_batch_size)
+        targets, inputs, embeds, noise, drop = (runtime.to_device(x[rows]) for x in batch)
+        is_noisy = (cfg.noise or cfg.spread) and not cfg.classic
+        cond = state.model.condition(embeds, noise=noise if is_noisy else None)  # (b, D)
+        with runtime.autocast():
+            loss = loss_fn(cond, targets, None if cfg.classic else drop, inputs)
+            loss = loss / cfg.grad_accum_steps
+            if cfg.clip_loss_weight:
+                extra = clip_loss(state.model, cond, targets, embeds)
+                loss = loss + cfg.clip_loss_weight * extra / cfg.grad_accum_steps
+        state.scaler.scale(loss).backward()
+        total += loss.detach()
+    loss = runtime.all_reduce(total).item() / runtime.world
+    norm, is_finite = optimizer_step(state.optimizers(), list(state.model.parameters()), loss,
+                                     state.scaler, runtime, cfg.grad_clip)
+    state.scaler.update()
+    state.model.zero_grad()
+    return loss, norm, is_finite
 
 
 @torch.no_grad()
-def neighbour_spread(model, clip, seed, share=0.01, anchors=256, most=50000):
-    """A matrix R (D, D) such that e R, e standard normal, varies as pictures of one meaning do: as the embeddings
-    (N, D) nearest to an embedding, that share of all, vary around their mean; the average over some embeddings.
-
-    A text is one point where the pictures it fits are a cloud: "a red bus" says nothing of the background. With noise
-    of this shape in training the GPT learns what a text does not settle; sample.py moves each picture's condition about
-    by it, so that pictures of one text are as various as pictures of one meaning."""
-    rows = np.sort(np.random.default_rng((seed, 2)).permutation(len(clip))[:most])
-    c = model.condition(torch.from_numpy(clip[rows].astype(np.float32)).to(model.means.device))    # (N, D)
-    k, covariance = max(2, round(len(c) * share)), torch.zeros_like(c[0].outer(c[0]))
-    some = range(0, len(c), -(-len(c) // anchors))
-    for i in some:
-        near = c[(c @ c[i]).topk(min(k, len(c))).indices]                                          # (k, D)
-        near = near - near.mean(0)
-        covariance += near.T @ near / max(1, len(near) - 1) / len(some)
-    values, vectors = np.linalg.eigh(covariance.cpu().double().numpy())
-    return torch.from_numpy((np.sqrt(np.maximum(values, 0))[:, None] * vectors.T).astype(np.float32))
+def validation_loss(model, tokens, clip_embeds, runtime, batch_size=128):
+    """Mean cross-entropy of the rows, by conditions without noise."""
+    total = 0.0
+    for t, c in zip(tokens.split(batch_size), clip_embeds.split(batch_size)):
+        cond = model.condition(c.to(runtime.device))
+        with runtime.autocast():
+            total += model.loss(cond, t.to(runtime.device)).item() * len(t)
+    return total / len(tokens)
 
 
-def make_batches(tokens, clip, cfg, spread=None, idle=False):
-    """A function from step to that step's global batch, a pure function of (seed, step): tokens to write (B, T) and to
-    read (B, T), embeddings (B, D), noise (B, D), drop (B,). Every epoch goes through all rows in a new order. A thread
-    reads the next four steps' rows while a step computes, so that neither a dump larger than memory nor a disk that is
-    slow for a moment keeps it waiting; where cores are `idle` meanwhile, beside a GPU, it makes the noise as well.
-    `spread` is what neighbour_spread gives."""
-    orders, ahead, beside = {}, {}, ThreadPoolExecutor(1)
-    files = [(a, open(a.filename, "rb")) for a in (tokens, clip)
-             if isinstance(a, np.memmap) and hasattr(os, "posix_fadvise")]
+@torch.no_grad()
+def save_samples(path, model, vqgan, tokens, clip_embeds, runtime):
+    """grid.png: images as the VQGAN keeps them, and below what the GPT makes of their embeddings.
+    """
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(tokens.shape, generator=generator).to(runtime.device)
+    with runtime.autocast():
+        sampled = model.generate(model.condition(clip_embeds.to(runtime.device)), uniform)
+        both = torch.cat([tokens.to(runtime.device), sampled])                   # (2n, T)
+        pixels = vqgan.decode(both.unflatten(1, (model.cfg.grid, model.cfg.grid)))
+    save_grid(path, [to_image(x) for x in pixels], len(tokens))
 
-    def fetch(step):
-        rows = np.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size)
-        index = np.empty(cfg.batch_size, np.int64)
-        for epoch in np.unique(rows // len(tokens)):
-            if epoch not in orders:
-                orders.clear()
-                orders[epoch] = np.random.default_rng((cfg.seed, 0, epoch)).permutation(len(tokens))
-            here = rows // len(tokens) == epoch
-            index[here] = orders[epoch][rows[here] % len(tokens)]
-        for array, file in files:  # all asked for before the first is waited for
-            for i in index.tolist():
-                os.posix_fadvise(file.fileno(), i * array.strides[0], array.strides[0], os.POSIX_FADV_WILLNEED)
-        write, seen = tokens[index].astype(np.int64), clip[index].astype(np.float32)               # (B, T), (B, D)
-        let_go(tokens, clip)
-        return write, seen
 
-    def with_noise(step, write, seen):
-        rng = np.random.default_rng((cfg.seed, 1, step))
-        noise = rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32)
-        noise *= cfg.noise / np.linalg.norm(noise, axis=1, keepdims=True)
-        drop = rng.random(cfg.batch_size) < cfg.drop
-        if spread is not None:  # by torch: the threads of numpy's product would spin on beside those of the step
-            shaped = torch.from_numpy(rng.standard_normal((cfg.batch_size, clip.shape[1]), np.float32)) @ spread
-            noise += cfg.spread * shaped.numpy()
-        read = np.where(rng.random(write.shape) < cfg.corrupt, np.roll(write, 1, 0), write)
-        return [torch.from_numpy(x) for x in (write, read, seen, noise, drop)]
+def make_config(cfg, meta):
+    """The network's shape by the options and the dump, or that of the checkpoint to start from."""
+    if cfg.init_from:
+        return load_gpt(cfg.init_from, "cpu")[0].cfg
+    return shared_fields(GPTConfig, cfg, codebook_size=meta["codebook_size"], grid=meta["grid"],
+                         cond_dim=meta["clip_dim"])
 
-    def work(step):
-        return with_noise(step, *fetch(step)) if idle else fetch(step)
 
-    def batch(step):
-        near = range(step, step + 5)
-        for other in [s for s in ahead if s not in near]:
-            ahead.pop(other).cancel()
-        for s in near:
-            if s not in ahead:
-                ahead[s] = beside.submit(work, s)
-        made = ahead[step].result()
-        return made if idle else with_noise(step, *made)
-    return batch
+def compile_loss(state, batch, cfg, runtime):
+    """GPT.loss as it trains: compiled, if that is wanted and works."""
+    is_long = runtime.device.type == "cuda" and cfg.max_steps >= 2000  # worth compiling
+    rows = cfg.batch_size // runtime.world // cfg.grad_accum_steps
+    targets, inputs, embeds, _, drop = (runtime.to_device(x[:rows]) for x in batch)
+    example = state.model.condition(embeds), targets, None if cfg.classic else drop, inputs
+    wanted = is_long if cfg.compile is None else cfg.compile
+    return runtime.compile(state.model.loss, wanted, example)
+
+
+def check(cfg):
+    """Refuse options that make no sense, by themselves or together."""
+    check_range(cfg, 1, 2 ** 62, "n_layer", "n_head", "n_embd", "n_prefix", "max_steps",
+                "batch_size", "grad_accum_steps", "eval_every", "eval_rows")
+    check_range(cfg, 0, 1, "dropout", "cond_drop_prob", "token_corruption", "ema")
+    if cfg.n_embd % cfg.n_head:
+        fail(f"--n_embd={cfg.n_embd} does not divide by --n_head={cfg.n_head}")
 
 
 def main():
-    cfg = configure(Config, presets=PRESETS)
-    machine = Machine(cfg.device, cfg.dtype)
-    meta, arrays = open_dump(cfg.data)
-    vqgan, vqgan_sha, vcfg = load_vqgan(cfg.vqgan or meta["vqgan"], machine.device)
-    check(cfg, meta, vqgan_sha, machine)
-    run = Run("gpt", cfg, machine, {"dump": file_sha256(Path(cfg.data, "meta.json"))})
-
-    torch.manual_seed(cfg.seed)
-    gcfg = GPTConfig(meta["codes"], meta["grid"], meta["clip_dim"], cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.classic,
-                     cfg.zero_init)
-    model = GPT(gcfg).to(machine.device)
-    if cfg.center and not cfg.classic:
-        model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
-    if not cfg.classic and not run.resume:
-        model.spread.copy_(neighbour_spread(model, arrays["train"][1], cfg.seed))
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    params = list(model.parameters())
-    inner = {p for p in model.blocks.parameters() if p.dim() == 2} if cfg.muon else set()
-    decay, free = ([p for p in params if p not in inner and (p.dim() >= 2) == large] for large in (True, False))
-    opts = {"adam": torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
-                                       {"params": free, "weight_decay": 0.0}], 0.0, (0.9, 0.95), fused=machine.fused)}
-    if inner:
-        opts["muon"] = Muon([p for p in params if p in inner])
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    cfg = parse_options(Config, PRESETS)
+    check(cfg)
+    runtime = Runtime(cfg.device, cfg.dtype, shares_work=True)
+    if cfg.batch_size % (runtime.world * cfg.grad_accum_steps):
+        fail(f"--batch_size={cfg.batch_size} does not divide by {runtime.world} processes x "
+             f"--grad_accum_steps={cfg.grad_accum_steps}")
+    meta, rows = open_dump(cfg.data)
+    vqgan = load_named(lambda path: load_vqgan(path, runtime.device), cfg.data,
+                       cfg.vqgan or meta["vqgan"], meta["vqgan_sha256"], cfg.data)
+    gpt_config = make_config(cfg, meta)
+    about = {"network": asdict(gpt_config), "vqgan": path_from(cfg.out, vqgan.path),
+             "vqgan_sha256": vqgan.sha256, "clip": meta["clip"], "clip_sha256": meta["clip_sha256"]}
+    run = Run("gpt", cfg, runtime, {"dump": file_sha256(Path(cfg.data, "meta.json"))}, about,
+              code=__file__)
+    if run.finished:
+        return 0
+    state = make_state(gpt_config, meta, rows["train"][1], cfg, runtime, is_new=not run.resume)
     if run.resume:
-        for part, state in ((model, "model"), (ema, "ema"), (scaler, "scaler")):
-            part.load_state_dict(run.resume[state] or part.state_dict())  # a scaler that was not used has none
-        for name, opt in opts.items():
-            opt.load_state_dict(run.resume["optimizers"][name])
-    noisy = bool(cfg.noise or cfg.spread) and not cfg.classic
-    batch = make_batches(*arrays["train"], cfg, model.spread.cpu() if cfg.spread and noisy else None,
-                         idle=machine.device.type == "cuda")
-    val_tokens, val_clip = (torch.from_numpy(np.array(a[:cfg.eval_rows]).astype(t)) for a, t in
-                            zip(arrays["val"] if meta["val_rows"] else arrays["train"], (np.int64, np.float32)))
-    know_nothing = math.log(meta["codes"])
-    machine.say(f"gpt: {millions(model)}; {meta['train_rows']} rows of {meta['tokens']} tokens in {cfg.data}, "
-                f"{len(val_tokens)} to validate on; VQGAN {cfg.vqgan or meta['vqgan']}; "
-                f"{cfg.max_steps} steps of {cfg.batch_size} on {machine}; writes {run.final}")
-    machine.say(f"the loss of a model that knows nothing is ln {meta['codes']} = {know_nothing:.3f}")
+        state.load(run.resume, run.path)
+    batches = make_batches(*rows["train"], cfg,
+                           state.model.spread.cpu() if cfg.spread and not cfg.classic else None,
+                           in_thread=runtime.device.type == "cuda")
+    val_tokens, val_clip = (
+        torch.from_numpy(np.array(a[:cfg.eval_rows]).astype(dtype)) for a, dtype in
+        zip(rows["val"] if meta["val_rows"] else rows["train"], (np.int64, np.float32)))
+    clip_loss = make_clip_loss(meta, vqgan, cfg, runtime)
+    loss_fn = compile_loss(state, batches(run.step), cfg, runtime)
+    uniform_loss = math.log(gpt_config.codebook_size)
+    runtime.print0(f"gpt: {format_size(state.model)}; {meta['train_rows']} rows of "
+                   f"{meta['tokens']} tokens in {cfg.data}, {len(val_tokens)} to validate on; "
+                   f"{cfg.max_steps} steps of {cfg.batch_size} on {runtime}; writes {run.final}")
+    runtime.print0(f"the loss of a model that knows nothing is ln {gpt_config.codebook_size} = "
+                   f"{uniform_loss:.3f}")
+    run.catch_signals()
 
-    def put(x):
-        return x.to(machine.device, non_blocking=True)
-
-    part = cfg.batch_size // machine.world // cfg.accumulate
-    clip = load_clip(meta["clip"], machine.device, cfg.trust_jit) if cfg.recon else None
-    if clip and clip.sha256 != meta["clip_sha256"]:
-        fail(f"{cfg.data} was made with another CLIP than the {meta['clip']} found now; put that one back")
-    example = [put(x[:part]) for x in batch(run.step)]
-    example = model.condition(example[2]), example[0], None if cfg.classic else example[4], example[1]
-    long = machine.device.type == "cuda" and cfg.max_steps >= 2000  # compiling takes as long as hundreds of steps
-    loss_of = machine.compile(model.loss, cfg.compile == "True" or cfg.compile == "auto" and long, example)
-    bar, begun = Progress(cfg.max_steps, run.step), time.time()
+    start_time = time.time()
     for step in range(run.step, cfg.max_steps):
-        for group in (g for opt in opts.values() for g in opt.param_groups):
-            group["lr"] = learning_rate(step, cfg.learning_rate, cfg.warmup, cfg.max_steps)
-        rows = batch(step)
-        total = torch.zeros((), device=machine.device)
-        for i in range(cfg.accumulate):  # this process's rows of the global batch, part by part
-            first = (machine.rank * cfg.accumulate + i) * part
-            tokens, read, embedding, noise, drop = (put(x[first:first + part]) for x in rows)
-            cond = model.condition(embedding, noise=noise if noisy else None)                  # (b, D)
-            with machine.autocast():
-                loss = loss_of(cond, tokens, None if cfg.classic else drop, read) / cfg.accumulate
-                if cfg.recon:
-                    few = slice(-(-part // 8))
-                    again = embedding_loss(model, vqgan, clip, cond[few], tokens[few], embedding[few])
-                    loss = loss + cfg.recon * again / cfg.accumulate
-            scaler.scale(loss).backward()
-            total += loss.detach()
-        machine.average_gradients(params)
-        for opt in opts.values():
-            scaler.unscale_(opt)
-        norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-        loss = machine.sum(total).item() / machine.world
-        good = math.isfinite(loss + norm.item())
-        run.skip(step, good or scaler.get_scale() > 1)  # to a scaler such a step says that its scale is too high
-        if good:
-            for opt in opts.values():
-                scaler.step(opt)
-        scaler.update()
-        model.zero_grad()
-        if good:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), params, 1 - min(cfg.ema, (step + 1) / (step + 10)))
-        speed = (step + 1 - run.step) * cfg.batch_size * meta["tokens"] / (time.time() - begun)
-        run.log(step=step + 1, loss=loss, grad_norm=norm.item(), lr=group["lr"], tokens_per_s=speed)
-        bar(loss=loss, ln_K=know_nothing, tokens_per_s=speed)
+        lr = set_learning_rate(state.optimizers(), step, cfg)
+        loss, norm, is_finite = train_step(state, batches(step), loss_fn, clip_loss, cfg, runtime)
+        # in float16 an overflow is expected: GradScaler lowers its scale
+        run.check_finite(step + 1, is_finite or state.scaler.get_scale() > 1)
+        if is_finite:
+            update_ema(state.ema, state.model, cfg.ema, step)
+        written = (step + 1 - run.step) * cfg.batch_size * meta["tokens"]
+        run.end_step(step + 1, {"loss": loss, "ln_K": uniform_loss, "grad_norm": norm, "lr": lr,
+                                "tokens_per_s": written / (time.time() - start_time)})
 
-        due = ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps) and not cfg.dry_run
-        if due:
-            val_loss = evaluate(ema, val_tokens, val_clip, machine)
-            machine.say(f"step {step + 1}: validation loss {val_loss:.4f} (ln K {know_nothing:.3f})")
-            run.log(step=step + 1, val_loss=val_loss)
-            if machine.rank == 0:
-                grid(Path(cfg.out, "grid.png"), ema, vqgan, val_tokens[:8], val_clip[:8], machine)
-        if run.asked_to_stop() or due:
-            run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), scaler=scaler.state_dict(),
-                     optimizers={k: o.state_dict() for k, o in opts.items()}, rng=torch.get_rng_state(),
-                     network=asdict(gcfg),
-                     **{k: meta[k] for k in ("vqgan_sha256", "clip", "clip_sha256")}, vqgan=cfg.vqgan or meta["vqgan"])
-    run.finish()
-    machine.say(f"wrote {run.final} and {cfg.out}/grid.png; next: python sample.py \"a red bus\" --gpt={run.final}")
-
-
-def embedding_loss(model, vqgan, clip, cond, tokens, embedding):
-    """The paper's second loss: paint the tokens that the GPT holds likeliest, and ask that CLIP see in the picture what
-    the condition says: 1 - cosine to the embedding (b, D). Straight-through: the likeliest codes go forward, the
-    gradient goes back through the probabilities."""
-    p = model(cond, tokens[:, :-1]).float().softmax(-1)                                            # (b, T, K)
-    hard = F.one_hot(p.argmax(-1), p.shape[-1]) + p - p.detach()                                   # (b, T, K)
-    codes = (hard @ vqgan.quantize.unit(vqgan.quantize.embedding.weight)).mT                       # (b, d, T)
-    z = codes.unflatten(2, (model.cfg.grid, model.cfg.grid))                                       # (b, d, h, w)
-    pixels = (vqgan.decoder(vqgan.post_quant_conv(z)).float() + 1) / 2                             # (b, 3, S, S)
-    seen = clip.image(resized(pixels, clip.size))
-    return 1 - (seen * F.normalize(embedding, dim=-1)).sum(-1).mean()
-
-
-@torch.no_grad()
-def evaluate(model, tokens, clip, machine, size=128):
-    """Mean loss of the rows, conditions without noise."""
-    losses = []
-    for t, c in zip(tokens.split(size), clip.split(size)):
-        with machine.autocast():
-            losses.append(model.loss(model.condition(c.to(machine.device)), t.to(machine.device)).item() * len(t))
-    return sum(losses) / len(tokens)
-
-
-def grid(path, model, vqgan, tokens, clip, machine):
-    """grid.png: pictures as the VQGAN keeps them, and under each what the GPT makes of its embedding."""
-    uniform = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)).to(machine.device)
-    with machine.autocast(), torch.no_grad():
-        made = model.generate(model.condition(clip.to(machine.device)), uniform)
-        both = torch.cat([tokens.to(machine.device), made]).view(-1, model.cfg.grid, model.cfg.grid)
-        save_grid(path, [to_image(x) for x in vqgan.decode(both)], len(tokens))
-
-
-def check(cfg, meta, vqgan_sha, machine):
-    """Refuse what does not fit together."""
-    if vqgan_sha != meta["vqgan_sha256"]:
-        fail(f"{cfg.data} was made with another VQGAN than {cfg.vqgan or meta['vqgan']} (the hashes differ); name that "
-             f"one with --vqgan, or prepare again")
-    if cfg.n_embd % cfg.n_head:
-        fail(f"--n_embd={cfg.n_embd} does not divide by --n_head={cfg.n_head}")
-    if cfg.batch_size % (machine.world * cfg.accumulate):
-        fail(f"--batch_size={cfg.batch_size} does not divide by {machine.world} processes x "
-             f"--accumulate={cfg.accumulate}")
+        is_eval = is_eval_step(step, cfg) and not cfg.dry_run
+        if is_eval:
+            val_loss = validation_loss(state.ema, val_tokens, val_clip, runtime)
+            run.validated(step + 1, {"val_loss": val_loss}, state.ema)
+        if is_eval or run.stop_requested:
+            run.save(step + 1, state.state_dict())
+        if is_eval:
+            run.show(save_samples, Path(cfg.out, "grid.png"), state.ema, vqgan, val_tokens[:8],
+                     val_clip[:8], runtime)
+        if run.should_stop:
+            break
+    return run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,347 +1,371 @@
-"""Stage 1: learn to write a picture as a few tokens and to read it back (VQGAN, Esser et al. 2021).
+"""Stage 1: learn to write an image as a few tokens and to read it back (VQGAN, Esser et al. 2021).
 
-An encoder shrinks the picture to a small grid of vectors, each vector is replaced by the nearest code of a learned
-codebook, a decoder paints the picture again. What is kept is what fits into the codes, so the losses decide what
-matters: pixels (L1 + L2), what CLIP's image encoder sees at several depths (perceptual), and late in training a
-discriminator that judges patches (--disc_start; off by default). Pictures alone are read, no captions."""
+An encoder shrinks the image to a small grid of vectors, each vector is replaced by the nearest code
+of a learned codebook, and a decoder paints the image again. Only what fits into the codes is kept,
+so the losses decide what matters: pixels (L1 + L2), the features of CLIP's image encoder at several
+depths (perceptual), and late in training a discriminator that judges patches (--disc_start; off by
+default). No captions are read."""
 import copy
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch._functorch.config
-import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from common import (Amount, AutoWhole, Count, Device, Dtype, Machine, Muon, Pictures, Preset, Progress, Run,
-                    Share, Whole, Zoom, centre_crops, configure, crop, digest, fail, learning_rate, load_clip, millions,
-                    resized, save_grid, split_names, to_image, to_tensor)
+from common.batches import ImageBatches, image_batches, to_pixels
+from common.checkpoints import TrainState, load_vqgan
+from common.images import resize, save_grid, to_image
+from common.openai_clip import load_clip
+from common.optim import Muon, optimizer_step, set_learning_rate, update_ema
+from common.options import check_range, fail, format_value, parse_options, shared_fields
+from common.perceptual import perceptual_distance, perceptual_features
+from common.process import run_main
+from common.runs import Run, is_eval_step
+from common.runtime import Runtime, format_size
+from common.sources import ImageSource, center_crops, split_names
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
 
 
 @dataclass
 class Config:
-    preset: Preset = ""                 # paper, or 24gb for one card of that size; see PRESETS
-    data: str = "data/toy/train"        # a folder of pictures, at any depth, or .tar shards of them
-    out: str = "out/vqgan"              # the run: vqgan.pt, vqgan.jsonl, recon.png
-    clip: str = "out/toy/clip.pt"       # whose image features the perceptual loss compares: ViT-B/32 ..., or a file
-    trust_jit: bool = False             # run the code in a --clip file that is a TorchScript archive of unknown origin
-    seed: Whole = 0                     # of the weights and of every batch
-    # pictures
-    image_size: Count = 64              # pixels a side
-    val_percent: Amount = 2.0           # of the pictures that are never trained on, chosen by name
-    min_zoom: Zoom = 1.0                # random crops show between this share of the picture's short side and all of it
-    flip: bool = False                  # mirror half of the pictures
-    max_bad: Share = 0.5                # stop if more of the pictures than this can't be read
-    workers: AutoWhole = None           # decoding processes (auto: none on a CPU, whose cores are busy; 4 beside a GPU)
+    preset: str = ""                 # paper, or 24gb for one card of that size; see PRESETS
+    data: str = "data/toy/train"     # a folder of images, at any depth, or .tar shards of them
+    out: str = "out/vqgan"           # the run: vqgan.pt, vqgan.jsonl, recon.png
+    clip: str = "out/toy/clip.pt"    # whose image features the perceptual loss compares
+    trust_jit: bool = False          # run the code in a --clip file that is a TorchScript archive
+    init_from: str = ""              # start from the weights of this checkpoint, and its shape
+    fresh: bool = False              # replace the run that is in --out
+    seed: int = 0                    # of the weights and of every batch
+    # images
+    image_size: int = 64             # pixels a side
+    val_percent: float = 2.0         # of the images that are held out, chosen by name
+    min_zoom: float = 1.0            # random crops show this share of the short side, or more
+    flip: bool = False               # mirror half of the images
+    max_bad: float = 0.5             # stop if more of the images than this can't be read
+    workers: int | None = None       # decoding processes (auto: 0 on a CPU, 4 beside a GPU)
     # network
-    patch: Count = 4                    # fold patch x patch pixels into channels first: 1 is taming's, 4 is 16x cheaper
-    ch: Count = 48                      # width of the first level, a multiple of groups
-    ch_mult: tuple = (1, 1, 2)          # widths of the levels, halving the grid between two
-    num_res_blocks: Count = 1           # residual blocks a level
-    attn_resolutions: tuple = ()        # grid sides that get attention, beside the one block in the middle
-    groups: Count = 8                   # of GroupNorm; 32 from --ch=128 on
-    z_channels: Count = 128             # channels before the codebook's space
-    codes: Count = 1024                 # size of the codebook
-    code_dim: Count = 8                 # length of a code
-    l2_norm: bool = True                # compare unit-length codes
+    patch: int = 4                   # fold patch x patch pixels into channels; 1 is taming's
+    ch: int = 48                     # width of the first level, a multiple of groups
+    ch_mult: tuple = (1, 1, 2)       # widths of the levels / ch, halving the grid between two
+    num_res_blocks: int = 1          # residual blocks a level
+    attn_resolutions: tuple = ()     # grid sides with attention, beside the one in the middle
+    groups: int = 8                  # of GroupNorm; 32 from --ch=128 on
+    z_channels: int = 128            # channels before the codebook's space
+    codebook_size: int = 1024        # codes
+    code_dim: int = 8                # length of a code
+    l2_norm: bool = True             # compare unit-length codes
     # losses
-    beta: Amount = 0.25                 # weight of the commitment loss
-    perceptual: Amount = 0.5            # weight of the distance between CLIP features
-    vq_start: Whole = 150               # steps without quantisation, after which k-means lays the codebook
-    disc_start: Whole = 1000000         # step at which the discriminator starts to count; from max_steps on: never
-    disc_weight: Amount = 0.8           # its weight, times the adaptive weight
-    disc_cap: Amount = 10.0             # upper bound of the adaptive weight
+    beta: float = 0.25               # weight of the commitment loss
+    perceptual: float = 0.5          # weight of the distance between CLIP features
+    vq_start: int = 150              # steps without quantisation; then k-means sets the codebook
+    disc_start: int = 1000000        # first step of the discriminator; from max_steps on: never
+    disc_weight: float = 0.8         # its weight, times the adaptive weight
+    disc_cap: float = 10.0           # upper bound of the adaptive weight
     # training
-    max_steps: Count = 600              # training steps
-    batch_size: Count = 32              # pictures a step, over all processes
-    muon: bool = True                   # the convolutions learn by Muon, the rest by AdamW; False: all by AdamW
-    learning_rate: Amount = 4e-3        # peak; warm-up, then cosine
-    warmup: Whole = 30                  # steps of linear warm-up
-    ema: Share = 0.99                   # decay of the moving average of the weights, which is what later stages use
-    eval_every: Count = 300             # steps between evaluations, each with a checkpoint and recon.png
-    device: Device = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: Dtype = "auto"               # of autocast: auto, float32, bfloat16, float16
-    compile: bool = False               # torch.compile
-    dry_run: bool = False               # a few real steps, then memory, rate and the time the whole run would take
+    max_steps: int = 600             # training steps
+    batch_size: int = 32             # images a step, over all processes
+    muon: bool = True                # convolutions learn by Muon, the rest by AdamW; False: AdamW
+    learning_rate: float = 4e-3      # peak; warm-up, then cosine
+    warmup: int = 30                 # steps of linear warm-up
+    ema: float = 0.99                # decay of the weights' moving average, which later stages use
+    eval_every: int = 300            # steps between evaluations, each with a checkpoint
+    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"              # of autocast: auto, float32, bfloat16, float16
+    compile: bool = False            # torch.compile
+    dry_run: bool = False            # a few real steps, then memory, rate and the time of all
 
 
-F16 = {"image_size": 256, "min_zoom": 0.8, "flip": True, "patch": 1, "ch": 128, "ch_mult": (1, 1, 2, 2, 4),
-       "num_res_blocks": 2, "attn_resolutions": (16,), "groups": 32, "z_channels": 256, "clip": "ViT-B/32",
-       "muon": False, "vq_start": 2000, "warmup": 1000, "eval_every": 5000, "ema": 0.9999}
+F16 = {"image_size": 256, "min_zoom": 0.8, "flip": True, "patch": 1, "ch": 128,
+       "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": (16,), "groups": 32,
+       "z_channels": 256, "codebook_size": 16384, "clip": "ViT-B/32", "muon": False,
+       "learning_rate": 3e-4, "vq_start": 2000, "warmup": 1000, "max_steps": 300000,
+       "eval_every": 5000, "ema": 0.9999}
 PRESETS = {  # for --preset
-    "paper": F16 | {"codes": 16384, "code_dim": 256, "l2_norm": False, "batch_size": 64, "max_steps": 300000,
-                    "learning_rate": 3e-4, "disc_start": 50000},
-    "24gb": F16 | {"codes": 16384, "batch_size": 8, "max_steps": 300000, "learning_rate": 3e-4, "disc_start": 100000},
+    "paper": F16 | {"code_dim": 256, "l2_norm": False, "batch_size": 64, "disc_start": 50000},
+    "24gb": F16 | {"batch_size": 8, "disc_start": 100000},
 }
 
 
-class Batches(torch.utils.data.Dataset):
-    """Batch number i is a pure function of (seed, i): which pictures, which crops, which are mirrored. Items are uint8
-    (B, S, S, 3) and the set of files that failed, each replaced by the next one that did not."""
-
-    def __init__(self, source, names, cfg, rank=0, world=1):
-        self.source, self.names, self.cfg, self.rank, self.world = source, names, cfg, rank, world
-
-    def __len__(self):
-        return self.cfg.max_steps
-
-    def __getitem__(self, i):
-        rng, size = np.random.default_rng((self.cfg.seed, i)), self.cfg.image_size
-        index = rng.integers(len(self.names), size=self.cfg.batch_size)
-        how = rng.random((self.cfg.batch_size, 4))                                     # zoom, x, y, flip
-        part = self.cfg.batch_size // self.world
-        pictures, bad = [], set()
-        for j in range(self.rank * part, (self.rank + 1) * part):
-            for attempt in range(100):
-                name = self.names[(index[j] + attempt) % len(self.names)]
-                try:
-                    picture = self.source.open(name, size)
-                    break
-                except (OSError, ValueError) as e:
-                    bad.add(f"{name} ({e})")
-            else:
-                return None, bad
-            zoom, x, y, flip = how[j]
-            zoom = 1 / (1 - zoom * (1 - self.cfg.min_zoom))
-            pictures.append(crop(picture, size, zoom, x, y, self.cfg.flip and flip < 0.5))
-        return torch.from_numpy(np.stack(pictures)), bad
+# ---------------------------------------------------------------------------------------- losses
 
 
-def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
-    """A function from CLIP's input (B, 3, C, C) to a list of feature maps: the four stages of a ResNet (channels in
-    dimension 1), or a ViT's tokens after these shares of its depth (channels last). A ResNet's batch norms, which are
-    frozen, are folded into its convolutions: the same function in fewer passes over memory."""
-    resnet = hasattr(visual, "layer1")
-    if resnet:
-        for m in visual.modules():
-            for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):  # 0, 1: a downsample
-                if isinstance(getattr(m, bn, None), nn.BatchNorm2d):
-                    setattr(m, conv, fuse_conv_bn_eval(getattr(m, conv), getattr(m, bn)))
-                    setattr(m, bn, nn.Identity())
-        layers = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
-        visual.attnpool = nn.Identity()  # what comes after the last of them is not looked at
+def reconstruction_losses(net, x, clip, features, cfg, quantized):
+    """Images x -> (reconstruction, {name: loss ()}, tokens, encoder outputs)."""
+    recon, vq_loss, tokens, z = net(x, cfg.beta, quantized)
+    recon = recon.float()
+    losses = {"pixel": F.l1_loss(recon, x) + F.mse_loss(recon, x),
+              "perceptual": torch.zeros((), device=x.device), "vq": vq_loss}
+    if cfg.perceptual:
+        def see(images):
+            return features(clip.normalize(resize((images + 1) / 2, clip.size)))
+        with torch.no_grad():
+            real = see(x)
+        losses["perceptual"] = perceptual_distance(real, see(recon))
+    return recon, losses, tokens, z
+
+
+def total_loss(losses, cfg):
+    """The weighted sum, but for the adversarial loss, whose weight is adaptive."""
+    return losses["pixel"] + cfg.perceptual * losses["perceptual"] + losses["vq"]
+
+
+# ----------------------------------------------------------------------------------------- steps
+
+
+def generator_step(state, net, x, lossy, step, cfg, runtime):
+    """One step of encoder, codebook and decoder: reconstruction + perceptual + codebook losses,
+    and from disc_start on the adversarial one. Returns (metrics, fake logits, is_finite)."""
+    quantized = step >= cfg.vq_start or cfg.dry_run  # a dry run measures the run at its heaviest
+    with runtime.autocast():
+        recon, losses, tokens, z = lossy(net, x, quantized)
+        loss, fake_logits = total_loss(losses, cfg), None
+        if is_adversarial(step, cfg):
+            fake_logits = state.disc(recon)
+            losses["gan"] = -fake_logits.mean()
+    state.model.zero_grad()
+    if fake_logits is None:
+        state.scaler.scale(loss).backward()
     else:
-        blocks = visual.transformer.resblocks
-        layers = [blocks[round(d * len(blocks)) - 1] for d in depths]
-    visual.to(memory_format=torch.channels_last)
-    taken = []
-    for layer in layers:
-        layer.register_forward_hook(lambda module, inputs, output: taken.append(output))
-
-    def features(x):
-        taken.clear()
-        visual(x)
-        return list(taken)
-    return features
-
-
-def perceptual_distance(real, fake):
-    """Mean squared distance between feature maps at unit length along their channels, averaged over the maps (LPIPS,
-    Zhang et al. 2018, with CLIP in place of VGG). Between unit vectors that is 2 - 2 cosine."""
-    total = 0
-    for a, b in zip(real, fake):  # F.cosine_similarity takes half as long again, there and back
-        dim, a, b = 1 if a.dim() == 4 else -1, a.float(), b.float()
-        cosine = (F.normalize(a, dim=dim) * b).sum(dim) / b.square().sum(dim).clamp(min=1e-16).sqrt()
-        total = total + 2 - 2 * cosine.mean()
-    return total / len(real)
+        weight = adversarial_backward(state, recon, loss, losses, quantized, cfg, runtime)
+        loss = (loss + weight * losses["gan"]).detach()
+        losses["adaptive_weight"] = weight
+    all_losses = runtime.all_reduce(loss.detach().clone()).item()
+    optimizers = [opt for opt in state.optimizers() if opt is not state.disc_adam]
+    norm, is_finite = optimizer_step(optimizers, list(state.model.parameters()), all_losses,
+                                     state.scaler, runtime)
+    metrics = {"loss": loss.item(), **{k: v.item() for k, v in losses.items()}, "grad_norm": norm}
+    if quantized and is_finite:
+        metrics |= update_codebook(state, tokens, z, runtime)
+    return metrics, fake_logits, is_finite
 
 
-def main():
-    cfg = configure(Config, presets=PRESETS)
-    machine = Machine(cfg.device, cfg.dtype)
-    vcfg = check(cfg, machine)
-    source = Pictures(cfg.data)
-    names = source.names
-    train, val = split_names(names, cfg.val_percent)
-    if not train:
-        fail(f"all of {cfg.data} is held out, none left")
-    clip = load_clip(cfg.clip, machine.device, cfg.trust_jit) if cfg.perceptual else None
-    run = Run("vqgan", cfg, machine, {"CLIP": clip and clip.sha256, "list of pictures": source.sha256})
+def adversarial_backward(state, recon, loss, losses, quantized, cfg, runtime):
+    """Backward with the adaptive weight: both losses pull equally at the decoder's last layer
+    (Esser et al. eq. 7), capped. Gradients with respect to the reconstruction come first, so that
+    CLIP and the discriminator backpropagate once. Returns the weight ()."""
+    def grad_of(value):
+        return torch.autograd.grad(state.scaler.scale(value), recon, retain_graph=True)[0]
 
+    def norm_at_last_layer(grad):
+        last_layer = state.model.decoder.conv_out.weight
+        grad = torch.autograd.grad(recon, last_layer, grad, retain_graph=True)[0]
+        return runtime.all_reduce(grad).norm() / state.scaler.get_scale()
+    grad_rec, grad_gan = grad_of(loss), grad_of(losses["gan"])
+    rec_norm, gan_norm = norm_at_last_layer(grad_rec), norm_at_last_layer(grad_gan)
+    weight = cfg.disc_weight * (rec_norm / (gan_norm + 1e-6)).clamp(max=cfg.disc_cap)
+    roots, grads = [recon], [grad_rec + weight * grad_gan]
+    if quantized:  # the codebook's loss does not pass through the reconstruction
+        roots.append(losses["vq"])
+        grads.append(state.scaler.scale(torch.ones_like(losses["vq"])))
+    torch.autograd.backward(roots, grads)
+    return weight
+
+
+def discriminator_step(state, x, fake_logits, is_finite, runtime):
+    """One step of the discriminator on real images x and the logits of their reconstructions."""
+    with runtime.autocast():
+        loss = hinge_loss(state.disc(x), fake_logits)
+    parameters = list(state.disc.parameters())
+    state.disc.zero_grad()
+    state.scaler.scale(loss).backward(inputs=parameters)
+    runtime.average_gradients(parameters)
+    if is_finite:
+        state.scaler.step(state.disc_adam)
+    return loss.item()
+
+
+def update_codebook(state, tokens, z, runtime):
+    """Count the codes of this step and restart dead ones. Returns metrics: perplexity (codes in
+    use, effectively), share of codes used, number restarted."""
+    size = state.model.cfg.codebook_size
+    counts = runtime.all_reduce(torch.bincount(tokens.flatten(), minlength=size))
+    p = counts / counts.sum()                                             # (K,)
+    entropy = -(p * p.clamp(min=1e-9).log()).sum()
+    dead = state.model.quantize.restart(counts, runtime.all_gather(z), state.generator)
+    return {"perplexity": entropy.exp().item(), "used": (counts > 0).float().mean().item(),
+            "restarted": len(dead)}
+
+
+@torch.no_grad()
+def init_codebook(state, source, names, step, cfg, runtime):
+    """End the warm-up: k-means over encoder outputs of the next batches, the same on every rank."""
+    batches = ImageBatches(source, names, cfg)
+    with runtime.autocast():
+        z = [state.model(to_pixels(batches[step + i][0], runtime), quantized=False)[3]
+             for i in range(16)]
+    state.model.quantize.kmeans(torch.cat(z), state.generator)
+    # GPU reductions are not deterministic: broadcast rank 0's
+    runtime.broadcast(state.model.quantize.embedding.weight.detach())
+
+
+def update_average(state, step, cfg):
+    """The moving average of the weights; the codebook's begins where it is first used."""
+    if step == cfg.vq_start:
+        state.ema.quantize.load_state_dict(state.model.quantize.state_dict())
+    update_ema(state.ema, state.model, cfg.ema, step)
+
+
+@torch.no_grad()
+def validate(state, images, lossy, step, cfg, runtime):
+    """Mean loss of held-out images, uint8 (V, S, S, 3), by the averaged network. Returns (metrics,
+    images to show: photographs, then their reconstructions)."""
+    quantized, totals, used, shown = step >= cfg.vq_start, {}, set(), []
+    for batch in np.array_split(images, -(-len(images) // 64)):
+        x = to_pixels(torch.from_numpy(batch), runtime)
+        with runtime.autocast():
+            recon, losses, tokens, _ = lossy(state.ema, x, quantized)
+        mse = F.mse_loss(recon.clamp(-1, 1), x, reduction="none").mean((1, 2, 3))
+        values = {"val_loss": total_loss(losses, cfg), "psnr": (10 * (4 / mse).log10()).mean()}
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + value.item() * len(batch) / len(images)
+        used |= set() if tokens is None else set(tokens.flatten().tolist())
+        shown = shown or [to_image(image) for image in (*x[:12], *recon[:12])]
+    return totals | ({"val_codes": len(used)} if quantized else {}), shown
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def is_adversarial(step, cfg):
+    return step >= cfg.disc_start or cfg.dry_run and cfg.disc_start < cfg.max_steps
+
+
+def make_state(vqgan_config, cfg, runtime):
+    """Networks, their moving average, optimisers: what training changes."""
     torch.manual_seed(cfg.seed)
-    model = VQGAN(vcfg).to(machine.device, memory_format=torch.channels_last)
-    disc = Discriminator().to(machine.device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    model = VQGAN(vqgan_config).to(runtime.device, memory_format=torch.channels_last)
+    disc = Discriminator().to(runtime.device, memory_format=torch.channels_last)
+    if cfg.init_from:
+        model.load_state_dict(load_vqgan(cfg.init_from, runtime.device).state_dict())
 
     def adam(parameters):
-        return torch.optim.AdamW(parameters, 0.0, (0.9, 0.99), weight_decay=0.0, fused=machine.fused)
-    params, averages = list(model.parameters()), list(ema.parameters())
-    convolutions = {p for p in params if p.dim() == 4} if cfg.muon else set()
-    own = {"adam": adam([p for p in params if p not in convolutions])}  # the VQGAN's own optimizers
-    if cfg.muon:
-        own["muon"] = Muon([p for p in params if p in convolutions])
-    opts = own | {"disc": adam(disc.parameters())}
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    if run.resume:
-        for part, state in ((model, "model"), (ema, "ema"), (disc, "disc"), (scaler, "scaler")):
-            part.load_state_dict(run.resume[state] or part.state_dict())  # a scaler that was not used has none
-        for name, opt in opts.items():
-            opt.load_state_dict(run.resume["optimizers"][name])
-        model.quantize.usage.copy_(run.resume["usage"])
-        generator.set_state(run.resume["rng"])
-    features = perceptual_features(clip.model.visual) if clip else None
-    side = cfg.image_size // vcfg.factor
-    machine.say(f"vqgan: {millions(model)}, {cfg.image_size} px -> {side} x {side} tokens of {cfg.codes} codes; "
-                f"{len(train)} pictures of {cfg.data} to train on, {len(val)} held out; CLIP {clip and cfg.clip}; "
-                f"{cfg.max_steps} steps of {cfg.batch_size} on {machine}; writes {run.final}")
-
-    def clip_input(x):
-        return clip.normalize(resized((x + 1) / 2, clip.size))
-
-    def losses(model, x, quantized):
-        """Reconstruction of x, its loss without the discriminator, and the parts of that."""
-        recon, vq_loss, tokens, z = model(x, cfg.beta, quantized)
-        recon = recon.float()
-        pixel = F.l1_loss(recon, x) + F.mse_loss(recon, x)
-        percept = torch.zeros((), device=x.device)
-        if cfg.perceptual:
-            with torch.no_grad():
-                real = features(clip_input(x))
-            fake = features(clip_input(recon))
-            percept = perceptual_distance(real, fake)
-        parts = {"pixel": pixel, "perceptual": percept, "vq": vq_loss}
-        return recon, pixel + cfg.perceptual * percept + vq_loss, parts, tokens, z
-
-    def to_device(batch, failed=()):
-        if batch is None:
-            fail(f"a hundred pictures of {cfg.data} in a row can't be read, the last: {sorted(failed)[-1]}")
-        x = to_tensor(batch.numpy(), machine.device).contiguous(memory_format=torch.channels_last)
-        return x * 2 - 1                                                               # (B, 3, S, S) in [-1, 1]
-
-    blank = torch.zeros(cfg.batch_size // machine.world, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
-    quantized = cfg.dry_run or run.step >= cfg.vq_start
-    torch._functorch.config.donated_buffer = False  # a compiled step is gone back through more than once
-    net = machine.compile(model, cfg.compile, (to_device(blank), cfg.beta, quantized))
-    batches = Batches(source, train, cfg, machine.rank, machine.world)
-    fixed = centre_crops(source, val, cfg.image_size, 256)  # (V, S, S, 3)
-    if not len(fixed):  # a handful of pictures, none of them held out
-        fixed = centre_crops(source, train[:1000], cfg.image_size, 256)
-    if not len(fixed):
-        fail(f"none of the first {len(train[:1000])} pictures of {cfg.data} can be read")
-    bar, bad = Progress(cfg.max_steps, run.step), set()
-    workers = cfg.workers if cfg.workers is not None else 0 if machine.device.type == "cpu" else 4
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(run.step, cfg.max_steps),
-                                         num_workers=workers)
-    for step, (batch, failed) in zip(range(run.step, cfg.max_steps), loader):
-        x = to_device(batch, failed)
-        for name in sorted(failed - bad):
-            print(f"skipped {name}", flush=True)
-        bad |= failed
-        if len(bad) > cfg.max_bad * len(names):
-            fail(f"{len(bad)} of {len(names)} pictures of {cfg.data} can't be read, more than --max_bad={cfg.max_bad}")
-        quantized = step >= cfg.vq_start or cfg.dry_run  # a dry run measures the run at its heaviest
-        adversarial = step >= cfg.disc_start or cfg.dry_run and cfg.disc_start < cfg.max_steps
-        if step == cfg.vq_start and cfg.vq_start > 0 and not cfg.dry_run:
-            with torch.no_grad(), machine.autocast():  # encoder outputs of the next batches, on every rank the same
-                some = Batches(source, train, cfg)
-                z = torch.cat([model(to_device(*some[step + i]), quantized=False)[3] for i in range(16)])
-            model.quantize.kmeans(z, generator)
-            machine.share(model.quantize.embedding.weight.detach())  # on GPUs no two sum alike
-        for opt in opts.values():
-            for group in opt.param_groups:
-                group["lr"] = learning_rate(step, cfg.learning_rate, cfg.warmup, cfg.max_steps)
-
-        with machine.autocast():
-            recon, loss, parts, tokens, z = losses(net, x, quantized)
-            if adversarial:
-                judged = disc(recon)  # once, for both sides
-                parts["gan"] = gan = -judged.mean()
-        model.zero_grad()
-        if adversarial:
-            # what each loss asks of the reconstruction, so that CLIP and the discriminator are gone back through once
-            pull, push = (torch.autograd.grad(scaler.scale(part), recon, retain_graph=True)[0] for part in (loss, gan))
-            # the adaptive weight: both losses pull equally at the decoder's last layer (Esser et al. eq. 7), capped
-            last, scale = model.decoder.conv_out.weight, scaler.get_scale()
-            a, b = (machine.sum(torch.autograd.grad(recon, last, g, retain_graph=True)[0]).norm() / scale
-                    for g in (pull, push))
-            weight = cfg.disc_weight * (a / (b + 1e-6)).clamp(max=cfg.disc_cap)
-            vq = [(parts["vq"], scaler.scale(torch.ones_like(parts["vq"])))] if quantized else []
-            torch.autograd.backward(*zip((recon, pull + weight * push), *vq))
-            loss = (loss + weight * gan).detach()
-        else:
-            scaler.scale(loss).backward()
-        machine.average_gradients(params)
-        for opt in own.values():
-            scaler.unscale_(opt)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        good = math.isfinite(machine.sum(loss.detach().clone()).item() + norm.item())
-        run.skip(step, good or scaler.get_scale() > 1)  # to a scaler such a step says that its scale is too high
-        for opt in own.values() if good else ():
-            scaler.step(opt)
-        if adversarial:
-            with machine.autocast():
-                parts["disc"] = disc_loss = hinge_loss(disc(x), judged)
-            disc.zero_grad()
-            scaler.scale(disc_loss).backward(inputs=list(disc.parameters()))
-            machine.average_gradients(disc.parameters())
-            if good:
-                scaler.step(opts["disc"])
-        scaler.update()
-
-        facts = {}
-        if quantized and good:
-            counts = machine.sum(torch.bincount(tokens.flatten(), minlength=cfg.codes))
-            p = counts / counts.sum()
-            facts = {"perplexity": torch.exp(-(p * p.clamp(min=1e-9).log()).sum()).item(),
-                     "used": (counts > 0).float().mean().item(),
-                     "restarted": model.quantize.restart(counts, machine.gather(z), generator)}
-        with torch.no_grad():
-            decay = min(cfg.ema, (step + 1) / (step + 10))
-            if step == cfg.vq_start:
-                ema.quantize.load_state_dict(model.quantize.state_dict())
-            if good:
-                torch._foreach_lerp_(averages, params, 1 - decay)
-        facts = {k: v.item() for k, v in parts.items()} | facts
-        run.log(step=step + 1, loss=loss.item(), lr=group["lr"], **facts)
-        bar(loss=loss.item(), **facts)
-
-        due = ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps) and not cfg.dry_run
-        if due:
-            total, shown, used = 0.0, [], set()
-            with torch.no_grad(), machine.autocast():
-                for part in np.array_split(fixed, -(-len(fixed) // 64)):
-                    x = to_device(torch.from_numpy(part))
-                    recon, loss, _, tokens, _ = losses(ema, x, quantized)
-                    total += loss.item() * len(part) / len(fixed)
-                    used |= set() if tokens is None else set(tokens.flatten().tolist())
-                    shown = shown or [to_image(p) for p in (*x[:12], *recon[:12])]
-            machine.say(f"step {step + 1}: validation loss {total:.4f}, {len(used)} of {cfg.codes} codes seen in "
-                        f"{len(fixed)} pictures")
-            run.log(step=step + 1, val_loss=total, val_codes=len(used))
-            if machine.rank == 0:
-                save_grid(Path(cfg.out, "recon.png"), shown, len(shown) // 2)
-        if run.asked_to_stop() or due:
-            run.save(step + 1, model=model.state_dict(), ema=ema.state_dict(), disc=disc.state_dict(),
-                     optimizers={k: o.state_dict() for k, o in opts.items()}, scaler=scaler.state_dict(),
-                     usage=model.quantize.usage, rng=generator.get_state(),
-                     network=asdict(vcfg), sha256=digest(ema.state_dict()))
-    run.finish()
-    machine.say(f"wrote {run.final} and {cfg.out}/recon.png; "
-                f"next: python prepare.py --vqgan={run.final} --data={cfg.data} --clip={cfg.clip} --out=...")
+        return torch.optim.AdamW(parameters, 0.0, (0.9, 0.99), weight_decay=0.0,
+                                 fused=runtime.fused)
+    convolutions = [p for p in model.parameters() if p.dim() == 4 and cfg.muon]
+    others = [p for p in model.parameters() if p.dim() != 4 or not cfg.muon]
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    muon = {"muon": Muon(convolutions)} if cfg.muon else {}
+    return TrainState(model=model, ema=copy.deepcopy(model).requires_grad_(False).eval(),
+                      disc=disc, adam=adam(others), **muon, disc_adam=adam(disc.parameters()),
+                      scaler=scaler, generator=torch.Generator().manual_seed(cfg.seed),
+                      usage=model.quantize.usage)
 
 
-def check(cfg, machine):
-    """The network's shape, after refusing what does not fit."""
-    if not cfg.ch_mult or max(cfg.ch_mult) > 64:
-        fail(f"--ch_mult={','.join(map(str, cfg.ch_mult))} makes no sense: one small number for each level")
-    vcfg = VQGANConfig(**{f.name: getattr(cfg, f.name) for f in fields(VQGANConfig) if hasattr(cfg, f.name)})
-    if cfg.image_size % vcfg.factor:
-        fail(f"--image_size={cfg.image_size} does not divide by {vcfg.factor}, the factor of --patch and --ch_mult")
+def make_config(cfg):
+    """The network's shape by the options, or that of the checkpoint to start from."""
+    if cfg.init_from:
+        return load_vqgan(cfg.init_from, "cpu").cfg
+    return shared_fields(VQGANConfig, cfg)
+
+
+def check(cfg):
+    """Refuse options that make no sense, by themselves or together."""
+    check_range(cfg, 1, 2 ** 62, "image_size", "patch", "ch", "num_res_blocks", "groups",
+                "z_channels", "codebook_size", "code_dim", "max_steps", "batch_size", "eval_every")
+    check_range(cfg, 0, 1, "max_bad", "ema")
+    check_range(cfg, 0.1, 1, "min_zoom")
+    if not cfg.ch_mult or not 0 < min(cfg.ch_mult) <= max(cfg.ch_mult) <= 64:
+        fail(f"--ch_mult={format_value(cfg.ch_mult)} makes no sense: one small number a level")
     if cfg.ch % cfg.groups:
         fail(f"--ch={cfg.ch} does not divide by --groups={cfg.groups}")
     if cfg.vq_start >= cfg.max_steps:
-        fail(f"--vq_start={cfg.vq_start} leaves none of --max_steps={cfg.max_steps} to learn the codebook in")
+        fail(f"--vq_start={cfg.vq_start} leaves none of --max_steps={cfg.max_steps} to learn the "
+             f"codebook in")
     if cfg.disc_start < cfg.max_steps and cfg.image_size < 32:
-        fail(f"--image_size={cfg.image_size} is too small for the discriminator; 32 is enough, or raise --disc_start")
-    if cfg.batch_size % machine.world:
-        fail(f"--batch_size={cfg.batch_size} does not divide over {machine.world} processes")
-    return vcfg
+        fail(f"--image_size={cfg.image_size} is too small for the discriminator: 32 is enough, or "
+             f"raise --disc_start")
+
+
+def check_fit(cfg, vqgan_config, runtime):
+    if cfg.image_size % vqgan_config.factor:
+        fail(f"--image_size={cfg.image_size} does not divide by {vqgan_config.factor}, the factor "
+             f"of --patch and --ch_mult")
+    if cfg.batch_size % runtime.world:
+        fail(f"--batch_size={cfg.batch_size} does not divide over {runtime.world} processes")
+
+
+def load_features(cfg, runtime):
+    """The CLIP of the perceptual loss, and its features at several depths; None without one."""
+    if not cfg.perceptual:
+        return None, None
+    clip = load_clip(cfg.clip, runtime.device, cfg.trust_jit)
+    return clip, perceptual_features(clip.model.visual)
+
+
+def read_val_images(source, names, cfg):
+    """Centre crops of up to 256 held-out images, uint8 (V, S, S, 3)."""
+    images = center_crops(source, names, cfg.image_size, 256)
+    if not len(images):
+        fail(f"none of the {len(names)} images of {cfg.data} to validate on can be read")
+    return images
+
+
+def compile_network(state, cfg, runtime):
+    """The network as it trains: compiled, if that is wanted and works."""
+    torch._functorch.config.donated_buffer = False  # backward runs twice on this graph
+    shape = (cfg.batch_size // runtime.world, cfg.image_size, cfg.image_size, 3)
+    blank = to_pixels(torch.zeros(shape, dtype=torch.uint8), runtime)
+    return runtime.compile(state.model, cfg.compile, (blank, cfg.beta, True))
+
+
+def main():
+    cfg = parse_options(Config, PRESETS)
+    check(cfg)
+    runtime = Runtime(cfg.device, cfg.dtype, shares_work=True)
+    vqgan_config = make_config(cfg)
+    check_fit(cfg, vqgan_config, runtime)
+    source = ImageSource(cfg.data)
+    train_names, val_names = split_names(source, cfg.val_percent)
+    clip, features = load_features(cfg, runtime)
+    run = Run("vqgan", cfg, runtime, {"CLIP": clip and clip.sha256, "images": source.sha256},
+              about={"network": asdict(vqgan_config)}, code=__file__)
+    if run.finished:
+        return 0
+    state = make_state(vqgan_config, cfg, runtime)
+    if run.resume:
+        state.load(run.resume, run.path)
+    val_images = read_val_images(source, val_names or train_names[:1000], cfg)
+    net = compile_network(state, cfg, runtime)
+    side = cfg.image_size // vqgan_config.factor
+    runtime.print0(f"vqgan: {format_size(state.model)}, {cfg.image_size} px -> {side} x {side} "
+                   f"tokens of {vqgan_config.codebook_size} codes; {len(train_names)} images of "
+                   f"{cfg.data} to train on, {len(val_names)} held out; CLIP {clip and cfg.clip}; "
+                   f"{cfg.max_steps} steps of {cfg.batch_size} on {runtime}; writes {run.final}")
+    run.catch_signals()
+
+    def lossy(network, x, quantized):
+        return reconstruction_losses(network, x, clip, features, cfg, quantized)
+
+    for step, x in image_batches(source, train_names, cfg, runtime, run.step):
+        if step == cfg.vq_start > 0 and not cfg.dry_run:
+            init_codebook(state, source, train_names, step, cfg, runtime)
+        lr = set_learning_rate(state.optimizers(), step, cfg)
+        metrics, fake_logits, is_finite = generator_step(state, net, x, lossy, step, cfg, runtime)
+        if fake_logits is not None:
+            metrics["disc"] = discriminator_step(state, x, fake_logits, is_finite, runtime)
+        # in float16 an overflow is expected: GradScaler lowers its scale
+        run.check_finite(step + 1, is_finite or state.scaler.get_scale() > 1)
+        state.scaler.update()
+        if is_finite:
+            update_average(state, step, cfg)
+        run.end_step(step + 1, metrics | {"lr": lr})
+
+        is_eval = is_eval_step(step, cfg) and not cfg.dry_run
+        if is_eval:
+            val_metrics, shown = validate(state, val_images, lossy, step, cfg, runtime)
+            run.validated(step + 1, val_metrics, state.ema)
+        if is_eval or run.stop_requested:
+            run.save(step + 1, state.state_dict())
+        if is_eval:
+            run.show(save_grid, Path(cfg.out, "recon.png"), shown, len(shown) // 2)
+        if run.should_stop:
+            return run.finish()
+    code = run.finish()
+    runtime.print0(f"wrote {run.final} (step {run.best['step']}) and {cfg.out}/recon.png; next: "
+                   f"python prepare.py --vqgan={run.final} --data={cfg.data} --clip={cfg.clip}")
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

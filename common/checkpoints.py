@@ -1,0 +1,147 @@
+"""A checkpoint file -> a network, and what it is; a training's state. No code in a file is run."""
+import os
+from pathlib import Path
+
+import torch
+
+from common.files import hash_state, is_torch_zip
+from common.options import fail
+from model import GPT, VQGAN, GPTConfig, VQGANConfig
+
+OLD_NAMES = {"codes": "codebook_size"}  # fields of network configs that were called otherwise
+
+
+class Inert:
+    """Stands for the classes that Lightning's checkpoints name; keeps nothing and does nothing."""
+
+
+LIGHTNING = [(Inert, f"pytorch_lightning.callbacks.{name}") for name in
+             ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")]
+
+
+def load_checkpoint(path, stage):
+    """Read a checkpoint of `stage` ("toy", "vqgan" or "gpt"), memory-mapped; a published one of
+    another project is converted."""
+    if not Path(path).is_file():
+        fail(f"there is no {stage} checkpoint {path}; train one first or name another")
+    try:
+        with torch.serialization.safe_globals(LIGHTNING):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True,
+                                    mmap=is_torch_zip(path))
+        published = None
+        if "stage" not in checkpoint:
+            from common.published import convert_checkpoint
+            published = convert_checkpoint(checkpoint)
+        checkpoint = published or checkpoint
+        found = checkpoint.get("stage", "another program")
+    except PermissionError:
+        fail(f"{path} can't be read: permission denied")
+    except Exception as e:  # damaged files raise many kinds
+        reason = (str(e).splitlines() or [""])[0][:100]
+        fail(f"{path} is no checkpoint that can be read without running code in it "
+             f"({type(e).__name__}: {reason})")
+    if found != stage:
+        fail(f"{path} is a checkpoint of {found}, a {stage} checkpoint is needed")
+    missing = [k for k in ("ema", "network") if k not in checkpoint and stage != "toy"]
+    if missing:
+        fail(f"{path} lacks its {' and '.join(missing)}; put an intact copy there, or train again")
+    contents = {k: v for k, v in checkpoint.items() if k != "digest"}
+    if not published and checkpoint.get("digest") != hash_state(contents):
+        fail(f"{path} is damaged: its contents are not what was written; put an intact copy "
+             f"there, or train again")
+    return checkpoint
+
+
+def build(Network, Config, checkpoint, path):
+    """The network that a checkpoint describes, with its averaged weights, frozen. Fields that the
+    checkpoint does not have take their default, if they have one."""
+    network = {OLD_NAMES.get(k, k): v for k, v in checkpoint["network"].items()}
+    try:
+        model = Network(Config(**network))
+        model.load_state_dict(checkpoint["ema"])
+    except (RuntimeError, TypeError, AssertionError) as e:
+        fail(f"the weights in {path} do not fit the network it describes, or model.py has been "
+             f"edited since ({' '.join(str(e).split())[:160]})")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail(f"the weights in {path} are not all finite; train again")
+    return model.requires_grad_(False).eval()
+
+
+def load_vqgan(path, device):
+    """A finished (or half-trained) VQGAN -> its averaged network, which knows its `path` and the
+    `sha256` of its weights."""
+    checkpoint = load_checkpoint(path, "vqgan")
+    model = build(VQGAN, VQGANConfig, checkpoint, path)
+    model.path, model.sha256 = str(path), checkpoint["sha256"]
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def load_gpt(path, device):
+    """A GPT's checkpoint -> (its averaged network, the checkpoint's other entries)."""
+    checkpoint = load_checkpoint(path, "gpt")
+    return build(GPT, GPTConfig, checkpoint, path).to(device), checkpoint
+
+
+def path_from(folder, path):
+    """A file's path as seen from a folder, so that both can be moved together."""
+    return os.path.relpath(path, folder) if Path(path).is_file() else str(path)
+
+
+def load_named(load, folder, named, sha256, owner, option="--vqgan"):
+    """load(file) of the network that `owner`, a file in `folder`, was made with: a file of that
+    name beside it, else the one at the stored path, whichever has the right hash."""
+    places = [Path(folder, Path(named).name), Path(folder, named), Path(named)]
+    found = [os.path.normpath(p) for p in places if p.is_file()]
+    if not found and not Path(named).suffix:  # ViT-B/32 and so on
+        found = [named]
+    for place in dict.fromkeys(found):
+        network = load(place)
+        if sha256 is None or network.sha256 == sha256:
+            return network
+    state = "another one is" if found else "nothing is"
+    fail(f"{owner} needs the {Path(named).name} that it was made with; {state} at {places[0]} or "
+         f"{os.path.normpath(places[1])}: put that one back, or name it with {option}=FILE")
+
+
+def newest_gpt():
+    """The newest finished GPT under out/."""
+    controls = {"captioned", "unconditioned", "ablations"}  # trained by lab/, for comparison
+    found = [p for p in Path("out").glob("**/gpt.pt") if not controls & set(p.parts)]
+    found += [p for p in Path("out").glob("*/gpt.pt") if p not in found]  # in linked folders
+    if not found:
+        fail("there is no finished GPT under out/; run make demo, or train_gpt.py")
+    return str(max(found, key=lambda p: p.stat().st_mtime))
+
+
+class TrainState:
+    """Everything that a training step changes, by name, to save and load as one dict: modules,
+    optimisers and scalers, random generators, tensors."""
+
+    def __init__(self, **parts):
+        self.__dict__.update(parts)
+
+    def optimizers(self):
+        return [x for x in self.__dict__.values() if isinstance(x, torch.optim.Optimizer)]
+
+    def state_dict(self):
+        out = {}
+        for name, part in self.__dict__.items():
+            if isinstance(part, torch.Generator):
+                out[name] = part.get_state()
+            else:
+                out[name] = part if isinstance(part, torch.Tensor) else part.state_dict()
+        return out
+
+    def load(self, checkpoint, path):
+        """Take over the state in a checkpoint's contents."""
+        try:
+            for name, part in self.__dict__.items():
+                if isinstance(part, torch.Generator):
+                    part.set_state(checkpoint[name])
+                elif isinstance(part, torch.Tensor):
+                    part.copy_(checkpoint[name])
+                else:  # a scaler that was not used has no state
+                    part.load_state_dict(checkpoint[name] or part.state_dict())
+        except (KeyError, RuntimeError, ValueError, TypeError) as e:
+            fail(f"the state in {path} does not fit this code ({' '.join(str(e).split())[:120]}): "
+                 f"model.py may have been edited; choose another --out, or --fresh=True")

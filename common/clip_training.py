@@ -1,0 +1,65 @@
+"""Training a small CLIP of OpenAI's form on images and captions, for whoever has none."""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.checkpoints import TrainState
+from common.images import resize, to_tensor
+from common.openai_clip import Clip, clip_package
+from common.optim import optimizer_step, set_learning_rate
+
+
+def make_clip_state(cfg, size, runtime):
+    """A CLIP with a ModifiedResNet of four stages of one block for images of `size`, and AdamW."""
+    torch.manual_seed(cfg.seed)
+    model = clip_package()[0].CLIP(
+        cfg.embed_dim, size, (1, 1, 1, 1), cfg.vision_width, None, cfg.context, 49408,
+        cfg.text_width, cfg.text_width // 64, cfg.text_layers).to(runtime.device)
+    adam = torch.optim.AdamW(model.parameters(), 0.0, (0.9, 0.98), weight_decay=0.05,
+                             fused=runtime.fused)
+    return TrainState(model=model, adam=adam)
+
+
+def contrastive_loss(model, image, text, same):
+    """Cross-entropy over all pairs of a batch, both ways (Radford et al. 2021): unit embeddings
+    (B, D) twice; same (B, B) is 1 where the captions of two rows are equal."""
+    target = same / same.sum(1, keepdim=True)                       # (B, B), equals share
+    logits = model.logit_scale.exp() * image @ text.T               # (B, B)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def train_clip(state, images, captions, cfg, run, runtime, judge):
+    """Train on images, uint8 (N, S, S, 3), and a caption each. judge(model) gives the metrics after
+    the last step. Returns whether the run was stopped."""
+    clip = Clip(state.model, "being trained", runtime.device)
+    texts, index = np.unique(captions, return_inverse=True)
+    texts = clip.tokenize(texts.tolist())[0]                        # (distinct captions, context)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
+    for step in range(run.step, cfg.max_steps):
+        rows = np.random.default_rng((cfg.seed, 1, step)).choice(len(images), cfg.batch_size)
+        pixels = resize(to_tensor(images[rows]).to(runtime.device), clip.size)   # (B, 3, C, C)
+        same = torch.as_tensor(index[rows][:, None] == index[rows][None])
+        lr = set_learning_rate([state.adam], step, cfg)
+        with runtime.autocast():
+            image = state.model.encode_image(clip.normalize(pixels))             # (B, D)
+            text = state.model.encode_text(texts[index[rows]].to(runtime.device))
+        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        loss = contrastive_loss(state.model, image, text, same.float().to(runtime.device))
+        state.adam.zero_grad()
+        loss.backward()
+        params = list(state.model.parameters())
+        _, is_finite = optimizer_step([state.adam], params, loss.item(), scaler, runtime)
+        run.check_finite(step + 1, is_finite)
+        with torch.no_grad():
+            state.model.logit_scale.clamp_(max=math.log(100))
+        run.end_step(step + 1, {"loss": loss.item(), "lr": lr})
+        is_last = step + 1 == cfg.max_steps
+        if is_last:
+            run.log(step + 1, judge(state.model))
+        if is_last or run.stop_requested or (step + 1) % cfg.save_every == 0:
+            run.save(step + 1, state.state_dict())
+        if run.stop_requested:
+            return True
+    return False

@@ -1,0 +1,67 @@
+"""How a script starts and ends: signals, worker processes, and what the system refuses."""
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+
+import torch
+
+from common.options import fail
+
+
+def exit_on_signal(number, frame):
+    """Ctrl-C, SIGTERM and SIGHUP where no training step has to be saved first."""
+    with contextlib.suppress(OSError, ValueError):
+        print("stopped; what is finished is kept", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(130)
+
+
+def signals():
+    """The signals that ask a script to stop."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+def start_worker(worker=0):
+    """In a forked worker: Ctrl-C is its parent's business, SIGTERM ends it, and so does, on Linux,
+    the end of its parent."""
+    for number in signals():
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
+            os._exit(1)
+
+
+def run_main(main):
+    """Run a script: its exit code is what main returns, and what the operating system refuses ends
+    in one line and exit code 2."""
+    for number in signals():
+        signal.signal(number, exit_on_signal)
+    with contextlib.suppress(AttributeError):  # a name that is no UTF-8 must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # | head: nobody reads on
+        os._exit(0)
+    except (MemoryError, torch.OutOfMemoryError):
+        fail("out of memory; try a smaller --batch_size, a smaller network or fewer --workers")
+    except OSError as e:
+        fail(f"{e.filename or 'the system'}: {e.strerror or e}")
+    except RuntimeError as e:
+        explain_runtime_error(str(e))
+        raise
+
+
+def explain_runtime_error(message):
+    """fail() with the line that fits, if a RuntimeError of torch's says that memory ran out."""
+    if "DataLoader worker" in message or "shared memory" in message or "shm" in message:
+        fail("a worker process ended, most likely for want of (shared) memory: try --workers=0, or "
+             "in a container a larger /dev/shm (docker run --shm-size=8g)")
+    if "can't allocate memory" in message or "out of memory" in message:
+        fail("out of memory; try a smaller --batch_size, a smaller network or fewer --workers")
