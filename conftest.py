@@ -4,11 +4,6 @@ import pytest
 from tests.helpers import make_world
 
 
-def pytest_configure(config):
-    for warning in ("torch.jit.TracerWarning", "DeprecationWarning"):
-        config.addinivalue_line("filterwarnings", f"ignore::{warning}")
-
-
 def pytest_collection_modifyitems(items):
     """-k "not world" leaves out what needs the stages to have run, and so takes seconds."""
     for item in items:

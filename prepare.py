@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import common.chunks as chunking
-from common.checkpoints import load_vqgan, path_from
+from common.checkpoints import load_vqgan, newest, path_from
 from common.dumps import SPLITS, finish_dump, token_dtype, write_dump
 from common.files import lock_folder
 from common.images import crop, random_crop, to_tensor
@@ -32,7 +32,7 @@ __all__ = ["write_dump"]  # for rows that do not come from images: see docs/phot
 class Config:
     data: str = "data/toy/train"        # a folder of images, at any depth, or .tar shards of them
     out: str = "data/toy_tokens"        # the dump: a folder of its own
-    vqgan: str = "out/toy/vqgan.pt"     # checkpoint of vqgan.py, or a published one
+    vqgan: str = ""                     # of vqgan.py, or published (empty: the newest under out/)
     clip: str = "out/toy/clip.pt"       # ViT-B/32 and so on, or a file
     trust_jit: bool = False             # run the code in a --clip file that is TorchScript
     seed: int = 0                       # of the crops
@@ -119,23 +119,24 @@ def main():
     check(cfg)
     runtime = Runtime(cfg.device, cfg.dtype, training=False, shares_work=True)
     source = ImageSource(cfg.data)
-    vqgan = load_vqgan(cfg.vqgan, runtime.device)
+    runtime.print0(source.account())
+    vqgan = load_vqgan(cfg.vqgan or newest("vqgan"), runtime.device)
     if (cfg.image_size or 0) % vqgan.cfg.factor:
         fail(f"--image_size={cfg.image_size} does not divide by {vqgan.cfg.factor}, the factor of "
-             f"{cfg.vqgan}")
+             f"{vqgan.path}")
     clip = load_clip(cfg.clip, runtime.device, cfg.trust_jit)
     size = cfg.image_size or vqgan.cfg.image_size
     side, codebook_size = size // vqgan.cfg.factor, vqgan.cfg.codebook_size
     splits = dict(zip(SPLITS, split_names(source, cfg.val_percent)))
     out, folder = Path(cfg.out), Path(cfg.out, "chunks")
-    provenance = {"config": asdict(cfg), "vqgan": path_from(out, cfg.vqgan),
+    provenance = {"config": asdict(cfg), "vqgan": path_from(out, vqgan.path),
                   "vqgan_sha256": vqgan.sha256, "clip": path_from(out, clip.name),
                   "clip_sha256": clip.sha256, "sources": len(source.names),
                   "sources_sha256": source.sha256}
     form = "" if clip.name in CLIP_FILES else ", taken as OpenAI's: heads of 64, QuickGELU"
     runtime.print0(f"prepare: {len(splits['train'])} images x {cfg.crops} crops and "
                    f"{len(splits['val'])} held out, from {cfg.data}; {side} x {side} tokens by "
-                   f"{cfg.vqgan} ({format_size(vqgan)}), {clip.dim}-d embeddings by {clip.name} "
+                   f"{vqgan.path} ({format_size(vqgan)}), {clip.dim}-d embeddings by {clip.name} "
                    f"({format_size(clip.model)}{form}); on {runtime}; writes {out}")
     workers = chunking.worker_count(cfg.workers, runtime)
     in_workers = chunking.encode_in_workers(runtime)
@@ -169,7 +170,8 @@ def main():
                                codebook_size, clip))
     chunking.remove_chunks(folder)
     runtime.print0(f"wrote {counts['train']} training and {counts['val']} validation rows to "
-                   f"{out}; {len(skipped)} images skipped; next: python train_gpt.py --data={out}")
+                   f"{out}; {len(skipped)} images skipped; next: python train_gpt.py --data={out} "
+                   f"--out=out/{out.name.removesuffix('_tokens')}")
     return lock and 0
 
 

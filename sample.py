@@ -16,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from common.checkpoints import load_gpt, load_named, load_vqgan, newest_gpt
+from common.checkpoints import load_gpt, load_named, load_vqgan, newest
 from common.files import file_sha256
 from common.images import crop, save_each, save_grid, to_image, to_tensor
 from common.openai_clip import load_clip
 from common.options import check_range, fail, parse_options
 from common.process import run_main
-from common.prompts import file_name, read_image, read_prompts
+from common.prompts import file_name, grid_labels, read_image, read_prompts
 from common.runtime import Runtime, format_size
 
 try:
@@ -125,7 +126,7 @@ def format_options(options):
 def load(cfg, runtime):
     """The three networks and the sampling options (gpt, vqgan, clip, options), which are checked to
     go together."""
-    path = cfg.gpt or newest_gpt()
+    path = cfg.gpt or newest("gpt")
     gpt, meta = load_gpt(path, runtime.device)
     folder = Path(path).parent
     vqgan_path, clip_name = cfg.vqgan or meta.get("vqgan"), cfg.clip or meta["clip"]
@@ -206,10 +207,10 @@ def main():
                    f"{written / seconds:.0f} tokens/s")
     folder = Path(cfg.out).with_suffix("")
     save_each(folder, names, images)
-    # prompts side by side, about as many as below each other, on at most 1,100 pixels
-    widest = 1100 // (n * (images[0].width + 4))
-    across = max(1, min(round(len(prompts) ** 0.5), widest))
-    save_grid(cfg.out, images, n * across, prompts, n)
+    rows = [images[i:i + n] for i in range(0, len(images), n)]
+    if image:  # the source comes first, cropped as CLIP is shown it
+        rows[0].insert(0, Image.fromarray(crop(image, images[0].width)))
+    save_grid(cfg.out, rows, grid_labels(prompts, bool(image)), round(len(prompts) ** 0.5))
     runtime.print0(f"wrote {cfg.out}, and each image by itself to {folder}/")
 
 

@@ -29,6 +29,7 @@ from common.clip_loss import embedding_loss
 from common.dumps import open_dump
 from common.files import hash_state
 from common.images import crop, open_image, to_tensor
+from common.modality import GENERIC, text_mean
 from common.openai_clip import load_clip
 from common.optim import learning_rate, newton_schulz
 from common.sources import ImageSource, split_names
@@ -248,7 +249,7 @@ def test_two_prefix_tokens_are_both_read():
     before = model(cond, tokens)[:, 0]
     for rows in (slice(0, 64), slice(64, 128)):
         other = tiny_gpt(n_prefix=2)
-        other.cond_proj.weight.data[rows] += 0.1
+        other.cond_proj.weight.data[rows] += randn(64, 24) / 10
         assert not torch.allclose(other(cond, tokens)[:, 0], before, atol=1e-4)
 
 
@@ -326,9 +327,9 @@ def test_newton_schulz_is_the_plain_iteration_in_float64():
 def test_text_mean_is_of_phrases_that_suit_the_images():
     """Three phrases, images that fit the first two, one three times as often: so they weigh."""
     phrases, images = torch.eye(4)[:3], torch.eye(4)[[0, 0, 0, 1]]
-    weighted = prepare.text_mean(phrases, images, 1000.0)
+    weighted = text_mean(phrases, images, 1000.0)
     assert torch.allclose(weighted, torch.tensor([0.75, 0.25, 0, 0]))
-    plain = prepare.text_mean(phrases, images, 0.0)
+    plain = text_mean(phrases, images, 0.0)
     assert torch.allclose(plain, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
 
 
@@ -336,10 +337,10 @@ def test_generic_phrases_are_no_captions_and_no_prompts():
     captions = set()
     for c, o, b, s in itertools.product(toy.COLOURS, toy.OBJECTS, toy.BACKGROUNDS, toy.SIZES):
         captions |= {t.format(colour=c, object=o, background=b, size=s) for t in toy.CAPTIONS}
-    assert len(set(prepare.GENERIC)) == len(prepare.GENERIC)
-    assert not captions & set(prepare.GENERIC)
+    assert len(set(GENERIC)) == len(GENERIC)
+    assert not captions & set(GENERIC)
     prompts = pytest.importorskip("lab.evaluate").toy_prompts()[1]
-    assert not set(prompts) & set(prepare.GENERIC)
+    assert not set(prompts) & set(GENERIC)
 
 
 # ========================================================================= stage 3: train_gpt.py
@@ -558,9 +559,10 @@ def test_dump_rows_follow_the_sorted_sources(world):
     give them for that image alone."""
     d, _ = world
     meta, arrays = open_dump(d / "data/toy_tokens")
-    names = ImageSource(d / "data/toy/train").names
-    assert names == sorted(names) and "deeper/grey.jpg" in names
-    train, val = split_names([n for n in names if n != "broken.png"], 10)
+    source = ImageSource(d / "data/toy/train")
+    assert source.names == sorted(source.names) and "deeper/grey.jpg" in source.names
+    source.names.remove("broken.png")
+    train, val = split_names(source, 10)
     assert meta["train_rows"] == 3 * len(train) and meta["val_rows"] == len(val)
     assert [name for name, _ in meta["skipped"]] == ["broken.png"] and meta["skipped_count"] == 1
     reason = meta["skipped"][0][1]
@@ -581,6 +583,28 @@ def test_dump_rows_follow_the_sorted_sources(world):
     embeds = embeds.astype(np.float32)
     assert np.allclose(np.linalg.norm(embeds, axis=1), 1, atol=2e-3)
     assert np.allclose(embeds.mean(0), meta["image_mean"], atol=1e-4)
+
+
+def test_a_dump_written_from_arrays_trains(world, tmp_path):
+    """Rows that do not come from a folder of images: prepare.write_dump, the format's own writer.
+    """
+    d, _ = world
+    networks = d / "out/toy/vqgan.pt", d / "out/toy/clip.pt"
+    tokens, embeds = tokens_for(tiny_gpt(), 40).numpy(), randn(40, 64).numpy()
+    prepare.write_dump(tmp_path / "d", tokens, embeds, *networks, tokens[:8], embeds[:8])
+    meta, rows = open_dump(tmp_path / "d")
+    assert np.array_equal(rows["train"][0], tokens) and np.array_equal(rows["val"][0], tokens[:8])
+    unit = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+    assert np.abs(rows["train"][1] - unit).max() < 1e-3
+    assert np.allclose(meta["image_mean"], unit.mean(0), atol=1e-3)
+    output = run_stage("train_gpt.py", *GPT_OPTIONS, f"--data={tmp_path}/d", f"--out={tmp_path}/g",
+                       cwd=d).stdout
+    assert "40 rows of 16 tokens" in output and (tmp_path / "g/gpt.pt").exists()
+    for wrong in ((tokens + 48, embeds), (tokens[:, :15], embeds), (tokens, embeds[:, :3]),
+                  (tokens, embeds * np.nan)):
+        with pytest.raises(SystemExit):
+            prepare.write_dump(tmp_path / "wrong", *wrong, *networks)
+    assert not (tmp_path / "wrong/meta.json").exists()
 
 
 def assert_same_dump(folder, other):

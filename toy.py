@@ -8,6 +8,7 @@ CLIP only. Whoever draws such a pair has composed it. With OpenAI's weights and 
 stage is not needed."""
 import csv
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,6 +184,8 @@ def check(cfg):
 def main():
     cfg = parse_options(Config)
     check(cfg)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("this stage runs alone: python toy.py, without torchrun")
     runtime = Runtime(cfg.device, cfg.dtype)
     run = Run("toy", cfg, runtime, inputs={}, about={}, code=__file__)
     if run.finished:
@@ -206,7 +209,8 @@ def main():
         accuracy = zero_shot(Clip(model.eval(), "toy", runtime.device), heldout, rows)
         runtime.print0(f"toy CLIP names colour and object of {accuracy:.1%} of {len(rows)} "
                        f"held-out drawings")
-        run.show(save_grid, f"{cfg.out}/world.png", [Image.fromarray(p) for p in heldout[:96]], 12)
+        shown = [Image.fromarray(p) for p in heldout[:96]]
+        run.show(save_grid, f"{cfg.out}/world.png", [shown], ["held-out drawings"])
         return {"zero_shot": accuracy}
 
     captions = [r["caption"] for r in rows]

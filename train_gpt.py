@@ -25,6 +25,7 @@ from common.images import save_grid, to_image
 from common.optim import Muon, optimizer_step, set_learning_rate, update_ema
 from common.options import check_range, fail, parse_options, shared_fields
 from common.process import run_main
+from common.prompts import example_prompt
 from common.runs import Run, is_eval_step
 from common.runtime import Runtime, format_size
 from model import GPT, GPTConfig
@@ -215,9 +216,10 @@ def save_samples(path, model, vqgan, tokens, clip_embeds, runtime):
     uniform = torch.rand(tokens.shape, generator=generator).to(runtime.device)
     with runtime.autocast():
         sampled = model.generate(model.condition(clip_embeds.to(runtime.device)), uniform)
-        both = torch.cat([tokens.to(runtime.device), sampled])                   # (2n, T)
-        pixels = vqgan.decode(both.unflatten(1, (model.cfg.grid, model.cfg.grid)))
-    save_grid(path, [to_image(x) for x in pixels], len(tokens))
+        both = torch.stack([tokens.to(runtime.device), sampled])                 # (2, n, T)
+        grids = both.unflatten(2, (model.cfg.grid, model.cfg.grid))              # (2, n, h, w)
+        rows = [[to_image(x) for x in vqgan.decode(tokens)] for tokens in grids]
+    save_grid(path, rows, ["by the VQGAN", "by the GPT, from its embedding"])
 
 
 def make_config(cfg, meta):
@@ -281,8 +283,14 @@ def main():
                    f"{cfg.max_steps} steps of {cfg.batch_size} on {runtime}; writes {run.final}")
     runtime.print0(f"the loss of a model that knows nothing is ln {gpt_config.codebook_size} = "
                    f"{uniform_loss:.3f}")
+    run.warn_if_few(meta["train_rows"], "rows")
     run.catch_signals()
 
+    def draw_samples():
+        save_samples(Path(cfg.out, "grid.png"), state.ema, vqgan, val_tokens[:8], val_clip[:8],
+                     runtime)
+
+    run.show(draw_samples)  # before step 1, to see that it can be done
     start_time = time.time()
     for step in range(run.step, cfg.max_steps):
         lr = set_learning_rate(state.optimizers(), step, cfg)
@@ -295,18 +303,20 @@ def main():
         run.end_step(step + 1, {"loss": loss, "ln_K": uniform_loss, "grad_norm": norm, "lr": lr,
                                 "tokens_per_s": written / (time.time() - start_time)})
 
-        is_eval = is_eval_step(step, cfg) and not cfg.dry_run
-        if is_eval:
+        if is_eval_step(step, cfg):
             val_loss = validation_loss(state.ema, val_tokens, val_clip, runtime)
-            run.validated(step + 1, {"val_loss": val_loss}, state.ema)
-        if is_eval or run.stop_requested:
+            run.validated(step + 1, {"val_loss": val_loss}, state.ema, ceiling=uniform_loss)
             run.save(step + 1, state.state_dict())
-        if is_eval:
-            run.show(save_samples, Path(cfg.out, "grid.png"), state.ema, vqgan, val_tokens[:8],
-                     val_clip[:8], runtime)
+            run.show(draw_samples)
+        elif run.stop_requested:
+            run.save(step + 1, state.state_dict())
         if run.should_stop:
-            break
-    return run.finish()
+            return run.finish()
+    code = run.finish()
+    prompt = example_prompt(meta["config"]["data"] if "config" in meta else "")
+    runtime.print0(f"wrote {run.final} (step {run.best['step']}) and {cfg.out}/grid.png; next: "
+                   f"python sample.py \"{prompt}\" --gpt={run.final}")
+    return code
 
 
 if __name__ == "__main__":

@@ -208,20 +208,29 @@ def update_average(state, step, cfg):
 
 @torch.no_grad()
 def validate(state, images, lossy, step, cfg, runtime):
-    """Mean loss of held-out images, uint8 (V, S, S, 3), by the averaged network. Returns (metrics,
-    images to show: photographs, then their reconstructions)."""
-    quantized, totals, used, shown = step >= cfg.vq_start, {}, set(), []
+    """Mean loss, PSNR in dB and codes used on held-out images, uint8 (V, S, S, 3), by the averaged
+    network."""
+    quantized, totals, used = step >= cfg.vq_start, {"val_loss": 0.0, "psnr": 0.0}, set()
     for batch in np.array_split(images, -(-len(images) // 64)):
         x = to_pixels(torch.from_numpy(batch), runtime)
         with runtime.autocast():
             recon, losses, tokens, _ = lossy(state.ema, x, quantized)
-        mse = F.mse_loss(recon.clamp(-1, 1), x, reduction="none").mean((1, 2, 3))
-        values = {"val_loss": total_loss(losses, cfg), "psnr": (10 * (4 / mse).log10()).mean()}
-        for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + value.item() * len(batch) / len(images)
-        used |= set() if tokens is None else set(tokens.flatten().tolist())
-        shown = shown or [to_image(image) for image in (*x[:12], *recon[:12])]
-    return totals | ({"val_codes": len(used)} if quantized else {}), shown
+        mse = F.mse_loss(recon.clamp(-1, 1), x, reduction="none").mean((1, 2, 3))      # (b,)
+        share = len(batch) / len(images)
+        totals["val_loss"] += total_loss(losses, cfg).item() * share
+        totals["psnr"] += (10 * (4 / mse).log10()).mean().item() * share
+        used |= set(tokens.flatten().tolist()) if quantized else set()
+    return totals | ({"val_codes": len(used)} if quantized else {})
+
+
+@torch.no_grad()
+def save_reconstructions(path, model, images, step, cfg, runtime):
+    """recon.png: held-out images, uint8 (n, S, S, 3), and below what the network makes of them."""
+    x = to_pixels(torch.from_numpy(images), runtime)
+    with runtime.autocast():
+        recon = model(x, quantized=step >= cfg.vq_start)[0]
+    rows = [[to_image(image) for image in row] for row in (x, recon)]
+    save_grid(path, rows, ["held-out images", "by the VQGAN"])
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -316,6 +325,7 @@ def main():
     vqgan_config = make_config(cfg)
     check_fit(cfg, vqgan_config, runtime)
     source = ImageSource(cfg.data)
+    runtime.print0(source.account())
     train_names, val_names = split_names(source, cfg.val_percent)
     clip, features = load_features(cfg, runtime)
     run = Run("vqgan", cfg, runtime, {"CLIP": clip and clip.sha256, "images": source.sha256},
@@ -332,11 +342,19 @@ def main():
                    f"tokens of {vqgan_config.codebook_size} codes; {len(train_names)} images of "
                    f"{cfg.data} to train on, {len(val_names)} held out; CLIP {clip and cfg.clip}; "
                    f"{cfg.max_steps} steps of {cfg.batch_size} on {runtime}; writes {run.final}")
+    runtime.print0("vq: codebook and commitment loss; perplexity: codes in use, effectively; used: "
+                   "share of codes in this batch; restarted: dead codes moved")
+    run.warn_if_few(len(train_names), "images")
     run.catch_signals()
 
     def lossy(network, x, quantized):
         return reconstruction_losses(network, x, clip, features, cfg, quantized)
 
+    def draw(step):
+        save_reconstructions(Path(cfg.out, "recon.png"), state.ema, val_images[:12], step, cfg,
+                             runtime)
+
+    run.show(draw, run.step)  # before step 1, to see that it can be done
     for step, x in image_batches(source, train_names, cfg, runtime, run.step):
         if step == cfg.vq_start > 0 and not cfg.dry_run:
             init_codebook(state, source, train_names, step, cfg, runtime)
@@ -351,19 +369,19 @@ def main():
             update_average(state, step, cfg)
         run.end_step(step + 1, metrics | {"lr": lr})
 
-        is_eval = is_eval_step(step, cfg) and not cfg.dry_run
-        if is_eval:
-            val_metrics, shown = validate(state, val_images, lossy, step, cfg, runtime)
+        if is_eval_step(step, cfg):
+            val_metrics = validate(state, val_images, lossy, step, cfg, runtime)
             run.validated(step + 1, val_metrics, state.ema)
-        if is_eval or run.stop_requested:
             run.save(step + 1, state.state_dict())
-        if is_eval:
-            run.show(save_grid, Path(cfg.out, "recon.png"), shown, len(shown) // 2)
+            run.show(draw, step)
+        elif run.stop_requested:
+            run.save(step + 1, state.state_dict())
         if run.should_stop:
             return run.finish()
     code = run.finish()
     runtime.print0(f"wrote {run.final} (step {run.best['step']}) and {cfg.out}/recon.png; next: "
-                   f"python prepare.py --vqgan={run.final} --data={cfg.data} --clip={cfg.clip}")
+                   f"python prepare.py --vqgan={run.final} --data={cfg.data} --clip={cfg.clip} "
+                   f"--out=data/{Path(cfg.out).name}_tokens")
     return code
 
 

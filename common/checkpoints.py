@@ -1,4 +1,5 @@
 """A checkpoint file -> a network, and what it is; a training's state. No code in a file is run."""
+import contextlib
 import os
 from pathlib import Path
 
@@ -26,8 +27,7 @@ def load_checkpoint(path, stage):
         fail(f"there is no {stage} checkpoint {path}; train one first or name another")
     try:
         with torch.serialization.safe_globals(LIGHTNING):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True,
-                                    mmap=is_torch_zip(path))
+            checkpoint = read_mapped(path)
         published = None
         if "stage" not in checkpoint:
             from common.published import convert_checkpoint
@@ -50,6 +50,14 @@ def load_checkpoint(path, stage):
         fail(f"{path} is damaged: its contents are not what was written; put an intact copy "
              f"there, or train again")
     return checkpoint
+
+
+def read_mapped(path):
+    """A checkpoint file's contents, memory-mapped where file and file system allow it."""
+    if is_torch_zip(path):
+        with contextlib.suppress(OSError, RuntimeError):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def build(Network, Config, checkpoint, path):
@@ -103,13 +111,13 @@ def load_named(load, folder, named, sha256, owner, option="--vqgan"):
          f"{os.path.normpath(places[1])}: put that one back, or name it with {option}=FILE")
 
 
-def newest_gpt():
-    """The newest finished GPT under out/."""
-    controls = {"captioned", "unconditioned", "ablations"}  # trained by lab/, for comparison
-    found = [p for p in Path("out").glob("**/gpt.pt") if not controls & set(p.parts)]
-    found += [p for p in Path("out").glob("*/gpt.pt") if p not in found]  # in linked folders
+def newest(stage):
+    """The newest finished checkpoint of a stage, "vqgan" or "gpt", under out/."""
+    controls = {"captioned", "unconditioned", "ablations", "bench"}  # trained by lab/
+    found = [p for p in Path("out").glob(f"**/{stage}.pt") if not controls & set(p.parts)]
+    found += Path("out").glob(f"*/{stage}.pt")  # in linked folders too
     if not found:
-        fail("there is no finished GPT under out/; run make demo, or train_gpt.py")
+        fail(f"there is no finished {stage.upper()} under out/; run make demo, or its trainer")
     return str(max(found, key=lambda p: p.stat().st_mtime))
 
 

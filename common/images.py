@@ -10,7 +10,8 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont
 
 from common.files import atomic_write
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 100_000_000                          # of an image in: more is a decompression bomb
+MIN_TILE, MAX_COLUMNS, MAX_WIDTH = 96, 16, 1800   # of a grid out
 
 
 def open_image(path):
@@ -121,19 +122,28 @@ def to_image(x):
     return Image.fromarray(pixels.movedim(0, -1).cpu().numpy())
 
 
-def save_grid(path, images, columns, labels=(), per_label=1):
-    """Pillow images of one size -> one PNG, row by row; each label is written above its images."""
-    w, h = images[0].size
-    head, gap, rows = 18 if labels else 0, 4, math.ceil(len(images) / columns)
-    size = (columns * (w + gap) + gap, rows * (h + head + gap) + gap)
+def save_grid(path, rows, labels, across=1):
+    """Rows of Pillow images of one size -> one PNG, tiles enlarged to at least 96 pixels, a label
+    above each row. `across` rows lie side by side; a row of over 16 images is wrapped."""
+    tile = max(1, -(-MIN_TILE // rows[0][0].width))
+    w, h = rows[0][0].width * tile, rows[0][0].height * tile
+    longest = max(len(row) for row in rows)
+    columns = min(longest, MAX_COLUMNS)
+    head, gap = 18, 4
+    row_width, row_height = columns * (w + gap), math.ceil(longest / columns) * (h + gap) + head
+    across = max(1, min(across, MAX_WIDTH // row_width))
+    size = (across * row_width + gap, math.ceil(len(rows) / across) * row_height + gap)
     sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, image in enumerate(images):
-        left, top = gap + i % columns * (w + gap), gap + i // columns * (h + head + gap)
-        sheet.paste(image, (left, top + head))
-        if labels and i % per_label == 0:
-            text = labels[i // per_label][:per_label * w // 6]
-            pen.text((left, top), text, fill="black", font=font)
+    for i, (row, label) in enumerate(zip(rows, labels)):
+        left, top = gap + i % across * row_width, gap + i // across * row_height
+        for j, image in enumerate(row):
+            place = left + j % columns * (w + gap), top + head + j // columns * (h + gap)
+            sheet.paste(image.resize((w, h), Image.Resampling.NEAREST), place)
+        text = " ".join(label.split())
+        if text.encode("latin-1", "ignore").decode("latin-1") != text:
+            text = f"{i}"  # the font has no such letters: sample.py says the prompt in its log
+        pen.text((left, top), text[:row_width // 7], fill="black", font=font)
     with atomic_write(path) as f:
         sheet.save(f)
 

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
@@ -9,11 +10,12 @@ import sys
 import torch
 
 from common.options import fail
+from common.progress import Output
 
 
 def exit_on_signal(number, frame):
     """Ctrl-C, SIGTERM and SIGHUP where no training step has to be saved first."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(RuntimeError):  # a print that the signal interrupted
         print("stopped; what is finished is kept", file=sys.stderr, flush=True)
     for child in multiprocessing.active_children():
         child.kill()
@@ -28,10 +30,12 @@ def signals():
 
 def start_worker(worker=0):
     """In a forked worker: Ctrl-C is its parent's business, SIGTERM ends it, and so does, on Linux,
-    the end of its parent."""
+    the end of its parent. What it can't send, for want of shared memory, ends it too: dropped, as
+    multiprocessing does, it would be waited for, for ever."""
     for number in signals():
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *args: os._exit(1)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
@@ -45,12 +49,12 @@ def run_main(main):
         signal.signal(number, exit_on_signal)
     with contextlib.suppress(AttributeError):  # a name that is no UTF-8 must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout = Output(sys.stdout or open(os.devnull, "w"))
+    sys.stderr = Output(sys.stderr or open(os.devnull, "w"))
     try:
         sys.exit(main())
-    except BrokenPipeError:  # | head: nobody reads on
-        os._exit(0)
     except (MemoryError, torch.OutOfMemoryError):
-        fail("out of memory; try a smaller --batch_size, a smaller network or fewer --workers")
+        out_of_memory()
     except OSError as e:
         fail(f"{e.filename or 'the system'}: {e.strerror or e}")
     except RuntimeError as e:
@@ -61,7 +65,20 @@ def run_main(main):
 def explain_runtime_error(message):
     """fail() with the line that fits, if a RuntimeError of torch's says that memory ran out."""
     if "DataLoader worker" in message or "shared memory" in message or "shm" in message:
-        fail("a worker process ended, most likely for want of (shared) memory: try --workers=0, or "
-             "in a container a larger /dev/shm (docker run --shm-size=8g)")
+        fail(f"a worker process ended, most likely for want of (shared) memory: try --workers=0, "
+             f"or in a container a larger /dev/shm (docker run --shm-size=8g); {kept()}")
     if "can't allocate memory" in message or "out of memory" in message:
-        fail("out of memory; try a smaller --batch_size, a smaller network or fewer --workers")
+        out_of_memory()
+
+
+def out_of_memory():
+    fail(f"out of memory; {kept()}. Try fewer --workers or a smaller --batch_size, which for a "
+         f"trainer means another --out, or a smaller network")
+
+
+saved = []  # files of this run to go on from, for kept()
+
+
+def kept():
+    """What a run that ends here can go on from, in words."""
+    return f"{saved[-1]} holds, the same command goes on from it" if saved else "nothing is lost"

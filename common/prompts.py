@@ -1,4 +1,5 @@
 """Prompts in, from the command line or a file, and the names of the files they make."""
+import contextlib
 import re
 from pathlib import Path
 
@@ -35,3 +36,22 @@ def file_name(number, prompts, prompt, i, count):
     """The file of image i of a prompt: names sort as numbers do."""
     words = re.sub(r"\W+", "-", prompt).encode()[:60].decode(errors="ignore").strip("-")
     return f"{number:0{max(2, len(str(prompts - 1)))}d}-{words}-{i:0{len(str(count - 1))}d}.png"
+
+
+def grid_labels(prompts, is_image):
+    """What stands above each row of the grid; a prompt that its font can't show is printed."""
+    if is_image:
+        return [f"{Path(prompts[0]).name}, then variations of it"]
+    for i, prompt in enumerate(prompts):
+        if not prompt.isascii():
+            with contextlib.suppress(UnicodeError):
+                prompt.encode("latin-1")
+                continue
+            print(f"row {i} of the grid: {prompt}", flush=True)
+    return prompts
+
+
+def example_prompt(data):
+    """A prompt that suits images of the folder `data`: the toy world's, or photographs."""
+    is_toy = (Path(data).parent / "world.json").is_file()
+    return "a red bus" if is_toy else "a photo of a dog"

@@ -102,6 +102,13 @@ class Run:
                 fail(f"{self.path} was started from another {what}; put that back, choose another "
                      f"--out, or --fresh=True to replace it")
 
+    def warn_if_few(self, count, what):
+        """Say what to expect of a training on few images or rows."""
+        if count < 1000:
+            self.runtime.print0(
+                f"{count} {what} are few: expect the validation loss to rise after some epochs; "
+                f"{self.final.name} will hold the weights of its lowest")
+
     def catch_signals(self):
         """From now on a signal lets the step under way finish; a second one stops at once."""
         pid = os.getpid()
@@ -148,7 +155,8 @@ class Run:
         try:
             self.log_file.write(json.dumps({"step": step} | metrics) + "\n")
         except OSError as e:
-            fail(f"could not write {self.log_file.name}: {e.strerror}; {self.path} is intact")
+            self.runtime.print0(f"warning: could not write {self.log_file.name} ({e.strerror}); "
+                                f"training goes on")
 
     def check_finite(self, step, is_finite):
         """Count steps that were skipped since loss or gradient was not finite; 20 in a row end the
@@ -164,7 +172,7 @@ class Run:
             fail(f"20 steps in a row were not finite; {kept}. Try a smaller --learning_rate or "
                  f"--dtype=float32")
 
-    def validated(self, step, metrics, ema):
+    def validated(self, step, metrics, ema, ceiling=math.inf):
         """Log metrics of the validation set, and keep the averaged weights if they are the best."""
         self.log(step, metrics)
         loss = metrics["val_loss"]
@@ -177,6 +185,10 @@ class Run:
             self.runtime.print0(f"warning: validation loss has risen three times in a row, from "
                                 f"{last[0]:.4f} to {loss:.4f}: overfitting. {self.final.name} will "
                                 f"hold step {self.best['step']}")
+        elif loss > ceiling and not self.warned:
+            self.warned = True
+            self.runtime.print0(f"warning: validation loss {loss:.4f} lies above {ceiling:.4f}, "
+                                f"that of a model that knows nothing")
         if loss < self.best["val_loss"]:
             weights = {k: x.detach().cpu().clone() for k, x in ema.state_dict().items()}
             self.best = {"val_loss": loss, "step": step, "ema": weights}
@@ -255,4 +267,5 @@ def step_of(line):
 
 def is_eval_step(step, cfg):
     """Whether validation and a checkpoint follow step `step`, counted from 0."""
-    return (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.max_steps
+    is_last = step + 1 == cfg.max_steps
+    return not cfg.dry_run and (is_last or (step + 1) % cfg.eval_every == 0)

@@ -4,9 +4,11 @@ import ctypes
 import datetime
 import math
 import os
+import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from common.options import fail
 
@@ -62,9 +64,11 @@ class Runtime:
         return x.to(self.device, non_blocking=True)
 
     def print0(self, *words):
-        """Print, once for all ranks."""
-        if self.rank == 0:
-            print(*words, flush=True)
+        """Print, once for all ranks. That nobody can read it ends no training."""
+        if self.rank == 0 and any(words):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                tqdm.write(" ".join(map(str, words)))  # clears a progress bar first
+                sys.stdout.flush()
 
     def all_reduce(self, tensor):
         """Sum over ranks, in place."""
