@@ -198,6 +198,9 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(h, self.patch)                     # (B, 3, S, S)
 
 
+MAX_DISTANCES = 2 ** 26  # in memory at once: 256 MiB
+
+
 class Quantizer(nn.Module):
     """The codebook: each vector of a feature map becomes its nearest code (van den Oord et al.
     2017). With `l2_norm` both are compared at unit length, which in few dimensions keeps the whole
@@ -219,10 +222,11 @@ class Quantizer(nn.Module):
         """Vectors (N, d) -> index of the nearest code for each (N,), computed in float32."""
         codebook = self.to_unit(self.embedding.weight)                   # (K, d)
         squares = codebook.square().sum(1)                               # (K,)
+        rows = max(1, MAX_DISTANCES // len(codebook))
         with torch.autocast(z.device.type, enabled=False):
-            # |z - e|^2 without |z|^2, which is the same for all codes
-            distances = torch.addmm(squares, z.float(), codebook.T, alpha=-2)   # (N, K)
-        return distances.argmin(1)
+            # |z - e|^2 without |z|^2, which is the same for all codes: (rows, K)
+            return torch.cat([torch.addmm(squares, part, codebook.T, alpha=-2).argmin(1)
+                              for part in z.float().split(rows)])
 
     def lookup(self, tokens):
         """Tokens (B, h, w) -> their codes as a feature map (B, d, h, w)."""
@@ -243,8 +247,11 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def kmeans(self, z, generator, rounds=10):
-        """Set the codebook to k-means centres of vectors z (N, d), starting from random ones."""
-        z, k = self.to_unit(z.float()), len(self.embedding.weight)
+        """Set the codebook to k-means centres of at most 16 K of the vectors z (N, d)."""
+        k = len(self.embedding.weight)
+        if len(z) > 16 * k:
+            z = z[torch.randperm(len(z), generator=generator)[:16 * k].to(z.device)]
+        z = self.to_unit(z.float())
         chosen = torch.randperm(max(len(z), k), generator=generator)[:k] % len(z)
         self.embedding.weight.copy_(z[chosen.to(z.device)])
         for _ in range(rounds):
@@ -255,19 +262,21 @@ class Quantizer(nn.Module):
             self.embedding.weight.copy_(torch.where(count > 0, mean, self.embedding.weight))
 
     @torch.no_grad()
-    def restart(self, counts, z, generator, decay=0.99, threshold=0.03):
-        """Move codes out of use onto encoder outputs, so that none dies. Returns which ones (n,).
+    def count_hits(self, counts, memory=8, threshold=0.03):
+        """Take each code's hits in a step (K,) into the average over the time in which the fair
+        share is `memory` hits. Returns the codes under `threshold` of the fair share (n,)."""
+        fair_share = counts.sum() / len(counts)
+        weight = (fair_share / memory).clamp(max=0.5)
+        self.usage.lerp_(counts / fair_share, weight)
+        return (self.usage < threshold).nonzero()[:, 0]
 
-        counts (K,): hits of each code in the last step; z (N, d): encoder outputs to choose from. A
-        code is out of use when the moving average of its hits is under `threshold` of N/K.
-        """
-        k = len(counts)
-        self.usage.lerp_(counts.float() * (k / counts.sum()), 1 - decay)
-        dead = (self.usage < threshold).nonzero()[:, 0]
+    @torch.no_grad()
+    def restart(self, dead, z, generator):
+        """Move the codes `dead` (n,) onto encoder outputs, chosen from z (N, d)."""
+        k = len(self.usage)
         chosen = torch.randint(len(z), (k,), generator=generator).to(z.device)[: len(dead)]
         self.embedding.weight[dead] = self.to_unit(z[chosen].float())
         self.usage[dead] = 1.0
-        return dead
 
 
 class VQGAN(nn.Module):
@@ -402,11 +411,11 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """With zero_init every block starts as the identity, and the loss at exactly ln K."""
-        for name, p in self.named_parameters():
+        """Classic keeps torch's defaults, as released. With zero_init every block starts as the
+        identity, and the loss at exactly ln K."""
+        for name, p in self.named_parameters() if not self.cfg.classic else []:
             if p.dim() >= 2:
-                small = "emb" in name or self.cfg.classic
-                nn.init.normal_(p, std=0.02 if small else self.cfg.n_embd ** -0.5)
+                nn.init.normal_(p, std=0.02 if "emb" in name else self.cfg.n_embd ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         zero_init_layers = [layer for b in self.blocks for layer in (b.proj, b.fc_out)]

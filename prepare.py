@@ -20,7 +20,7 @@ from common.dumps import SPLITS, finish_dump, token_dtype, write_dump
 from common.files import lock_folder
 from common.images import crop, random_crop, to_tensor
 from common.openai_clip import CLIP_FILES, load_clip
-from common.options import check_range, fail, parse_options
+from common.options import check_range, fail, format_command, parse_options
 from common.process import run_main
 from common.runtime import Runtime, format_size
 from common.sources import ImageSource, split_names
@@ -169,9 +169,10 @@ def main():
     runtime.print0(finish_dump(out, provenance, counts, total / counts["train"], side,
                                codebook_size, clip))
     chunking.remove_chunks(folder)
+    following = format_command("train_gpt.py", data=out,
+                               out=f"out/{out.resolve().name.removesuffix('_tokens')}")
     runtime.print0(f"wrote {counts['train']} training and {counts['val']} validation rows to "
-                   f"{out}; {len(skipped)} images skipped; next: python train_gpt.py --data={out} "
-                   f"--out=out/{out.name.removesuffix('_tokens')}")
+                   f"{out}; {len(skipped)} images skipped; next: {following}")
     return lock and 0
 
 

@@ -22,7 +22,7 @@ from common.drawings import draw
 from common.files import atomic_write, write_json
 from common.images import open_image, resize, save_grid, to_tensor
 from common.openai_clip import Clip
-from common.options import check_range, fail, parse_options
+from common.options import check_range, fail, format_command, parse_options
 from common.process import run_main, start_worker
 from common.progress import Progress
 from common.runs import Run
@@ -218,8 +218,9 @@ def main():
     if not stopped:
         with atomic_write(f"{cfg.out}/clip.pt") as f:
             torch.save(state.model.state_dict(), f)
-        runtime.print0(f"wrote {cfg.out}/clip.pt and {cfg.out}/world.png; next: python vqgan.py "
-                       f"--data={cfg.data}/train --clip={cfg.out}/clip.pt --out={cfg.out}")
+        following = format_command("vqgan.py", data=f"{cfg.data}/train", clip=f"{cfg.out}/clip.pt",
+                                   out=cfg.out)
+        runtime.print0(f"wrote {cfg.out}/clip.pt and {cfg.out}/world.png; next: {following}")
     return run.finish()
 
 

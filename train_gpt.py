@@ -21,9 +21,9 @@ from common.checkpoints import TrainState, load_gpt, load_named, load_vqgan, pat
 from common.clip_loss import make_clip_loss
 from common.dumps import open_dump
 from common.files import file_sha256
-from common.images import save_grid, to_image
 from common.optim import Muon, optimizer_step, set_learning_rate, update_ema
-from common.options import check_range, fail, parse_options, shared_fields
+from common.options import check_range, fail, format_command, parse_options, shared_fields
+from common.previews import save_samples
 from common.process import run_main
 from common.prompts import example_prompt
 from common.runs import Run, is_eval_step
@@ -74,13 +74,16 @@ class Config:
     dry_run: bool = False            # a few real steps, then memory, rate and the time of all
 
 
+# "paper" is the setting of 2022 as its authors released it (a table is in docs/photos.md). Muon
+# takes 7x as long for 24 x 1024 on a CPU and is not measured on a GPU, so presets learn by AdamW.
 PRESETS = {  # for --preset
-    "paper": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "classic": True, "batch_size": 256,
-              "max_steps": 300000, "muon": False, "token_corruption": 0.0, "learning_rate": 3e-4,
-              "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
-    "24gb": {"n_layer": 16, "n_head": 16, "n_embd": 1024, "batch_size": 256, "grad_accum_steps": 8,
-             "max_steps": 200000, "muon": False, "learning_rate": 6e-4, "warmup": 2000,
-             "ema": 0.9999, "eval_every": 5000},
+    "paper": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "classic": True, "zero_init": False,
+              "dropout": 0.1, "token_corruption": 0.0, "batch_size": 256, "max_steps": 300000,
+              "muon": False, "learning_rate": 5e-4, "weight_decay": 0.01, "warmup": 2000,
+              "ema": 0.9999, "eval_every": 5000},
+    "24gb": {"n_layer": 16, "n_head": 16, "n_embd": 1024, "dropout": 0.1, "batch_size": 256,
+             "grad_accum_steps": 8, "max_steps": 200000, "muon": False, "learning_rate": 6e-4,
+             "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
 }
 
 
@@ -159,8 +162,9 @@ def make_state(gpt_config, meta, clip_embeds, cfg, runtime, is_new):
         model.spread.copy_(neighbour_spread(model, clip_embeds, cfg.seed))
     params = list(model.parameters())
     muon_params = {p for p in model.blocks.parameters() if p.dim() == 2 and cfg.muon}
-    decayed = [p for p in params if p not in muon_params and p.dim() >= 2]
-    not_decayed = [p for p in params if p not in muon_params and p.dim() < 2]
+    embeddings = {model.tok_emb.weight, model.pos_emb} if cfg.classic else set()  # as released
+    decayed = [p for p in params if p not in muon_params and p.dim() >= 2 and p not in embeddings]
+    not_decayed = [p for p in params if p.dim() < 2 or p in embeddings]
     adam = torch.optim.AdamW([{"params": decayed, "weight_decay": cfg.weight_decay},
                               {"params": not_decayed, "weight_decay": 0.0}],
                              0.0, (0.9, 0.95), fused=runtime.fused)
@@ -170,11 +174,13 @@ def make_state(gpt_config, meta, clip_embeds, cfg, runtime, is_new):
                       adam=adam, **muon, scaler=scaler)
 
 
-def train_step(state, batch, loss_fn, clip_loss, cfg, runtime):
+def train_step(state, batch, loss_fn, clip_loss, step, cfg, runtime):
     """Forward and backward of one global batch, micro-batch by micro-batch, and the optimisers'
     step. Returns (loss, gradient norm, is_finite)."""
     micro_batch_size = cfg.batch_size // runtime.world // cfg.grad_accum_steps
-    total = torch.zeros((), device=runtime.device)
+    total = runtime.zeros()
+    if cfg.dropout:  # a function of the step, for exact resumption
+        torch.manual_seed(hash((cfg.seed, step, runtime.rank)))
     for i in range(cfg.grad_accum_steps):
         first = (runtime.rank * cfg.grad_accum_steps + i) * micro_batch_size
         rows = slice(first, first + micro_batch_size)
@@ -206,20 +212,6 @@ def validation_loss(model, tokens, clip_embeds, runtime, batch_size=128):
         with runtime.autocast():
             total += model.loss(cond, t.to(runtime.device)).item() * len(t)
     return total / len(tokens)
-
-
-@torch.no_grad()
-def save_samples(path, model, vqgan, tokens, clip_embeds, runtime):
-    """grid.png: images as the VQGAN keeps them, and below what the GPT makes of their embeddings.
-    """
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand(tokens.shape, generator=generator).to(runtime.device)
-    with runtime.autocast():
-        sampled = model.generate(model.condition(clip_embeds.to(runtime.device)), uniform)
-        both = torch.stack([tokens.to(runtime.device), sampled])                 # (2, n, T)
-        grids = both.unflatten(2, (model.cfg.grid, model.cfg.grid))              # (2, n, h, w)
-        rows = [[to_image(x) for x in vqgan.decode(tokens)] for tokens in grids]
-    save_grid(path, rows, ["by the VQGAN", "by the GPT, from its embedding"])
 
 
 def make_config(cfg, meta):
@@ -261,7 +253,8 @@ def main():
                        cfg.vqgan or meta["vqgan"], meta["vqgan_sha256"], cfg.data)
     gpt_config = make_config(cfg, meta)
     about = {"network": asdict(gpt_config), "vqgan": path_from(cfg.out, vqgan.path),
-             "vqgan_sha256": vqgan.sha256, "clip": meta["clip"], "clip_sha256": meta["clip_sha256"]}
+             "vqgan_sha256": vqgan.sha256, "clip": path_from(cfg.out, meta["clip"], cfg.data),
+             "clip_sha256": meta["clip_sha256"]}
     run = Run("gpt", cfg, runtime, {"dump": file_sha256(Path(cfg.data, "meta.json"))}, about,
               code=__file__)
     if run.finished:
@@ -294,7 +287,8 @@ def main():
     start_time = time.time()
     for step in range(run.step, cfg.max_steps):
         lr = set_learning_rate(state.optimizers(), step, cfg)
-        loss, norm, is_finite = train_step(state, batches(step), loss_fn, clip_loss, cfg, runtime)
+        loss, norm, is_finite = train_step(state, batches(step), loss_fn, clip_loss, step, cfg,
+                                           runtime)
         # in float16 an overflow is expected: GradScaler lowers its scale
         run.check_finite(step + 1, is_finite or state.scaler.get_scale() > 1)
         if is_finite:
@@ -312,11 +306,9 @@ def main():
             run.save(step + 1, state.state_dict())
         if run.should_stop:
             return run.finish()
-    code = run.finish()
     prompt = example_prompt(meta["config"]["data"] if "config" in meta else "")
-    runtime.print0(f"wrote {run.final} (step {run.best['step']}) and {cfg.out}/grid.png; next: "
-                   f"python sample.py \"{prompt}\" --gpt={run.final}")
-    return code
+    following = format_command("sample.py", prompt, gpt=run.final)
+    return run.finish(f"and {cfg.out}/grid.png; next: {following}")
 
 
 if __name__ == "__main__":

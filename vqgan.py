@@ -15,15 +15,15 @@ import torch.nn.functional as F
 
 from common.batches import ImageBatches, image_batches, to_pixels
 from common.checkpoints import TrainState, load_vqgan
-from common.images import resize, save_grid, to_image
-from common.openai_clip import load_clip
+from common.images import resize
 from common.optim import Muon, optimizer_step, set_learning_rate, update_ema
-from common.options import check_range, fail, format_value, parse_options, shared_fields
-from common.perceptual import perceptual_distance, perceptual_features
+from common.options import check_range, fail, format_command, parse_options, shared_fields
+from common.perceptual import load_features, perceptual_distance, random_shift
+from common.previews import save_reconstructions
 from common.process import run_main
 from common.runs import Run, is_eval_step
 from common.runtime import Runtime, format_size
-from common.sources import ImageSource, center_crops, split_names
+from common.sources import ImageSource, split_names, validation_images
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
 
 
@@ -57,16 +57,22 @@ class Config:
     l2_norm: bool = True             # compare unit-length codes
     # losses
     beta: float = 0.25               # weight of the commitment loss
+    mse: float = 1.0                 # weight of the L2 loss beside the L1 loss
     perceptual: float = 0.5          # weight of the distance between CLIP features
+    perceptual_shift: int = 0        # CLIP sees both images shifted at random by up to this, pixels
     vq_start: int = 150              # steps without quantisation; then k-means sets the codebook
     disc_start: int = 1000000        # first step of the discriminator; from max_steps on: never
     disc_weight: float = 0.8         # its weight, times the adaptive weight
     disc_cap: float = 10.0           # upper bound of the adaptive weight
     # training
     max_steps: int = 600             # training steps
-    batch_size: int = 32             # images a step, over all processes
+    batch_size: int = 32             # images a step, over all processes and accumulation steps
+    grad_accum_steps: int = 1        # micro-batches that a process's share is cut into
     muon: bool = True                # convolutions learn by Muon, the rest by AdamW; False: AdamW
     learning_rate: float = 4e-3      # peak; warm-up, then cosine
+    beta1: float = 0.9               # of AdamW; the discriminator's are 0.5 and 0.9
+    beta2: float = 0.99              # of AdamW
+    grad_clip: float = 0.0           # largest gradient norm, 0 is none
     warmup: int = 30                 # steps of linear warm-up
     ema: float = 0.99                # decay of the weights' moving average, which later stages use
     eval_every: int = 300            # steps between evaluations, each with a checkpoint
@@ -76,14 +82,18 @@ class Config:
     dry_run: bool = False            # a few real steps, then memory, rate and the time of all
 
 
+# Learning rates are 4.5e-6 x batch, as taming's. Muon takes 7x as long for such widths on a CPU; it
+# is not measured on a GPU, so AdamW. RN50 sees every pixel; ViT-B/32 projects patches of 3,072
+# numbers to 768 and is blind to three quarters of the errors.
 F16 = {"image_size": 256, "min_zoom": 0.8, "flip": True, "patch": 1, "ch": 128,
        "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": (16,), "groups": 32,
-       "z_channels": 256, "codebook_size": 16384, "clip": "ViT-B/32", "muon": False,
-       "learning_rate": 3e-4, "vq_start": 2000, "warmup": 1000, "max_steps": 300000,
-       "eval_every": 5000, "ema": 0.9999}
+       "z_channels": 256, "codebook_size": 16384, "clip": "RN50", "perceptual_shift": 16,
+       "muon": False, "batch_size": 64, "learning_rate": 2.9e-4, "beta1": 0.5, "beta2": 0.9,
+       "vq_start": 2000, "warmup": 1000, "max_steps": 300000, "eval_every": 5000, "ema": 0.9999}
 PRESETS = {  # for --preset
-    "paper": F16 | {"code_dim": 256, "l2_norm": False, "batch_size": 64, "disc_start": 50000},
-    "24gb": F16 | {"batch_size": 8, "disc_start": 100000},
+    "paper": F16 | {"code_dim": 256, "l2_norm": False, "mse": 0.0, "perceptual": 1.0,
+                    "disc_start": 50000},
+    "24gb": F16 | {"grad_accum_steps": 8, "grad_clip": 1.0, "disc_start": 100000},
 }
 
 
@@ -94,14 +104,14 @@ def reconstruction_losses(net, x, clip, features, cfg, quantized):
     """Images x -> (reconstruction, {name: loss ()}, tokens, encoder outputs)."""
     recon, vq_loss, tokens, z = net(x, cfg.beta, quantized)
     recon = recon.float()
-    losses = {"pixel": F.l1_loss(recon, x) + F.mse_loss(recon, x),
+    losses = {"pixel": F.l1_loss(recon, x) + cfg.mse * F.mse_loss(recon, x),
               "perceptual": torch.zeros((), device=x.device), "vq": vq_loss}
     if cfg.perceptual:
-        def see(images):
-            return features(clip.normalize(resize((images + 1) / 2, clip.size)))
+        real, fake = random_shift(((x + 1) / 2, (recon + 1) / 2), cfg.perceptual_shift)
         with torch.no_grad():
-            real = see(x)
-        losses["perceptual"] = perceptual_distance(real, see(recon))
+            real = features(clip.normalize(resize(real, clip.size)))
+        fake = features(clip.normalize(resize(fake, clip.size)))
+        losses["perceptual"] = perceptual_distance(real, fake)
     return recon, losses, tokens, z
 
 
@@ -113,87 +123,104 @@ def total_loss(losses, cfg):
 # ----------------------------------------------------------------------------------------- steps
 
 
-def generator_step(state, net, x, lossy, step, cfg, runtime):
-    """One step of encoder, codebook and decoder: reconstruction + perceptual + codebook losses,
-    and from disc_start on the adversarial one. Returns (metrics, fake logits, is_finite)."""
+def train_step(state, net, x, lossy, step, cfg, runtime):
+    """One step on images x (B, 3, S, S): encoder, codebook and decoder by the reconstruction,
+    perceptual and codebook losses, and from disc_start on the adversarial one, whose opponent takes
+    its step too. The batch is worked on in micro-batches. Returns (metrics, is_finite)."""
     quantized = step >= cfg.vq_start or cfg.dry_run  # a dry run measures the run at its heaviest
-    with runtime.autocast():
-        recon, losses, tokens, z = lossy(net, x, quantized)
-        loss, fake_logits = total_loss(losses, cfg), None
-        if is_adversarial(step, cfg):
-            fake_logits = state.disc(recon)
-            losses["gan"] = -fake_logits.mean()
+    adversarial = step >= cfg.disc_start or cfg.dry_run and cfg.disc_start < cfg.max_steps
+    n, totals, outputs = cfg.grad_accum_steps, {}, []
     state.model.zero_grad()
-    if fake_logits is None:
-        state.scaler.scale(loss).backward()
-    else:
-        weight = adversarial_backward(state, recon, loss, losses, quantized, cfg, runtime)
-        loss = (loss + weight * losses["gan"]).detach()
-        losses["adaptive_weight"] = weight
-    all_losses = runtime.all_reduce(loss.detach().clone()).item()
+    state.disc.zero_grad()
+    for micro_batch in x.chunk(n):
+        with runtime.autocast():
+            recon, losses, tokens, z = lossy(net, micro_batch, quantized)
+            loss = total_loss(losses, cfg)
+        if adversarial:
+            loss = adversarial_backward(state, micro_batch, recon, loss, losses, quantized, cfg,
+                                        runtime)
+        else:
+            state.scaler.scale(loss / n).backward()
+        for name, value in {"loss": loss, **losses}.items():
+            totals[name] = totals.get(name, 0.0) + value.detach() / n
+        outputs.append((tokens, z))
+    if adversarial:
+        totals["adaptive_weight"] = state.adaptive_weight.clone()
+        update_adaptive_weight(state, cfg, runtime)
+
+    mean_loss = runtime.all_reduce(totals["loss"].clone()).item()
     optimizers = [opt for opt in state.optimizers() if opt is not state.disc_adam]
-    norm, is_finite = optimizer_step(optimizers, list(state.model.parameters()), all_losses,
-                                     state.scaler, runtime)
-    metrics = {"loss": loss.item(), **{k: v.item() for k, v in losses.items()}, "grad_norm": norm}
+    norm, is_finite = optimizer_step(optimizers, list(state.model.parameters()), mean_loss,
+                                     state.scaler, runtime, cfg.grad_clip)
+    if adversarial:
+        optimizer_step([state.disc_adam] if is_finite else [], list(state.disc.parameters()),
+                       mean_loss, state.scaler, runtime, cfg.grad_clip)
+    metrics = {k: v.item() for k, v in totals.items()} | {"grad_norm": norm}
     if quantized and is_finite:
-        metrics |= update_codebook(state, tokens, z, runtime)
-    return metrics, fake_logits, is_finite
+        tokens, z = (torch.cat(parts) for parts in zip(*outputs))
+        metrics |= update_codebook(state, tokens, z, step < 0.75 * cfg.max_steps, runtime)
+    return metrics, is_finite
 
 
-def adversarial_backward(state, recon, loss, losses, quantized, cfg, runtime):
-    """Backward with the adaptive weight: both losses pull equally at the decoder's last layer
-    (Esser et al. eq. 7), capped. Gradients with respect to the reconstruction come first, so that
-    CLIP and the discriminator backpropagate once. Returns the weight ()."""
-    def grad_of(value):
-        return torch.autograd.grad(state.scaler.scale(value), recon, retain_graph=True)[0]
-
-    def norm_at_last_layer(grad):
-        last_layer = state.model.decoder.conv_out.weight
-        grad = torch.autograd.grad(recon, last_layer, grad, retain_graph=True)[0]
-        return runtime.all_reduce(grad).norm() / state.scaler.get_scale()
-    grad_rec, grad_gan = grad_of(loss), grad_of(losses["gan"])
-    rec_norm, gan_norm = norm_at_last_layer(grad_rec), norm_at_last_layer(grad_gan)
-    weight = cfg.disc_weight * (rec_norm / (gan_norm + 1e-6)).clamp(max=cfg.disc_cap)
+def adversarial_backward(state, x, recon, loss, losses, quantized, cfg, runtime):
+    """Backward of one micro-batch with the adversarial loss, and of the discriminator's own loss.
+    Gradients with respect to the reconstruction come first, so that CLIP and the discriminator
+    backpropagate once. Adds losses "gan" and "disc"; returns the whole loss ()."""
+    scale, n, weight = state.scaler.scale, cfg.grad_accum_steps, state.adaptive_weight
+    with runtime.autocast():
+        fake_logits = state.disc(recon)
+        losses["gan"] = -fake_logits.mean()
+        losses["disc"] = hinge_loss(state.disc(x), fake_logits)
+    grad_rec, grad_gan = (torch.autograd.grad(scale(value / n), recon, retain_graph=True)[0]
+                          for value in (loss, losses["gan"]))                # 2 x (b, 3, S, S)
+    last_layer = state.model.decoder.conv_out.weight
+    for i, grad in enumerate((grad_rec, grad_gan)):
+        state.last_layer_grads[i] += torch.autograd.grad(recon, last_layer, grad,
+                                                         retain_graph=True)[0]
     roots, grads = [recon], [grad_rec + weight * grad_gan]
     if quantized:  # the codebook's loss does not pass through the reconstruction
         roots.append(losses["vq"])
-        grads.append(state.scaler.scale(torch.ones_like(losses["vq"])))
+        grads.append(scale(torch.ones_like(losses["vq"]) / n))
+    scale(losses["disc"] / n).backward(inputs=list(state.disc.parameters()), retain_graph=True)
     torch.autograd.backward(roots, grads)
-    return weight
+    return (loss + weight * losses["gan"]).detach()
 
 
-def discriminator_step(state, x, fake_logits, is_finite, runtime):
-    """One step of the discriminator on real images x and the logits of their reconstructions."""
-    with runtime.autocast():
-        loss = hinge_loss(state.disc(x), fake_logits)
-    parameters = list(state.disc.parameters())
-    state.disc.zero_grad()
-    state.scaler.scale(loss).backward(inputs=parameters)
-    runtime.average_gradients(parameters)
-    if is_finite:
-        state.scaler.step(state.disc_adam)
-    return loss.item()
+def update_adaptive_weight(state, cfg, runtime):
+    """The adversarial loss's weight in the next step, by the whole batch of this one: both losses
+    pull equally at the decoder's last layer (Esser et al. eq. 7), capped."""
+    rec_norm, gan_norm = (runtime.all_reduce(grad).norm() / state.scaler.get_scale()
+                          for grad in state.last_layer_grads)
+    weight = cfg.disc_weight * (rec_norm / (gan_norm + 1e-6)).clamp(max=cfg.disc_cap)
+    if weight.isfinite():
+        state.adaptive_weight.copy_(weight)
+    state.last_layer_grads.zero_()
 
 
-def update_codebook(state, tokens, z, runtime):
+def update_codebook(state, tokens, z, may_restart, runtime):
     """Count the codes of this step and restart dead ones. Returns metrics: perplexity (codes in
     use, effectively), share of codes used, number restarted."""
-    size = state.model.cfg.codebook_size
-    counts = runtime.all_reduce(torch.bincount(tokens.flatten(), minlength=size))
-    p = counts / counts.sum()                                             # (K,)
+    quantize, average = state.model.quantize, state.ema.quantize.embedding.weight
+    counts = runtime.all_reduce(torch.bincount(tokens.flatten(), minlength=len(average)))
+    p = counts / counts.sum()                                                # (K,)
     entropy = -(p * p.clamp(min=1e-9).log()).sum()
-    dead = state.model.quantize.restart(counts, runtime.all_gather(z), state.generator)
+    dead = quantize.count_hits(counts)
+    if may_restart:  # not in the last quarter, when no time is left to learn a new code
+        quantize.restart(dead, runtime.all_gather(z), state.generator)
+        average[dead] = quantize.embedding.weight[dead].detach()
     return {"perplexity": entropy.exp().item(), "used": (counts > 0).float().mean().item(),
-            "restarted": len(dead)}
+            "restarted": len(dead) if may_restart else 0}
 
 
 @torch.no_grad()
 def init_codebook(state, source, names, step, cfg, runtime):
     """End the warm-up: k-means over encoder outputs of the next batches, the same on every rank."""
-    batches = ImageBatches(source, names, cfg)
-    with runtime.autocast():
-        z = [state.model(to_pixels(batches[step + i][0], runtime), quantized=False)[3]
-             for i in range(16)]
+    batches, z = ImageBatches(source, names, cfg), []
+    for i in range(1 if cfg.dry_run else 16):
+        images = to_pixels(batches[step + i][0], runtime)                    # (B, 3, S, S)
+        with runtime.autocast():
+            z += [state.model(micro_batch, quantized=False)[3]
+                  for micro_batch in images.chunk(runtime.world * cfg.grad_accum_steps)]
     state.model.quantize.kmeans(torch.cat(z), state.generator)
     # GPU reductions are not deterministic: broadcast rank 0's
     runtime.broadcast(state.model.quantize.embedding.weight.detach())
@@ -223,21 +250,12 @@ def validate(state, images, lossy, step, cfg, runtime):
     return totals | ({"val_codes": len(used)} if quantized else {})
 
 
-@torch.no_grad()
-def save_reconstructions(path, model, images, step, cfg, runtime):
-    """recon.png: held-out images, uint8 (n, S, S, 3), and below what the network makes of them."""
-    x = to_pixels(torch.from_numpy(images), runtime)
-    with runtime.autocast():
-        recon = model(x, quantized=step >= cfg.vq_start)[0]
-    rows = [[to_image(image) for image in row] for row in (x, recon)]
-    save_grid(path, rows, ["held-out images", "by the VQGAN"])
-
-
 # ------------------------------------------------------------------------------------------ main
 
 
-def is_adversarial(step, cfg):
-    return step >= cfg.disc_start or cfg.dry_run and cfg.disc_start < cfg.max_steps
+def is_candidate(step, cfg):
+    """Whether all losses are at work, so that the weights may be the run's result."""
+    return step >= cfg.vq_start and (step >= cfg.disc_start or cfg.disc_start >= cfg.max_steps)
 
 
 def make_state(vqgan_config, cfg, runtime):
@@ -248,17 +266,18 @@ def make_state(vqgan_config, cfg, runtime):
     if cfg.init_from:
         model.load_state_dict(load_vqgan(cfg.init_from, runtime.device).state_dict())
 
-    def adam(parameters):
-        return torch.optim.AdamW(parameters, 0.0, (0.9, 0.99), weight_decay=0.0,
-                                 fused=runtime.fused)
+    def adam(parameters, *betas):
+        return torch.optim.AdamW(parameters, 0.0, betas, weight_decay=0.0, fused=runtime.fused)
     convolutions = [p for p in model.parameters() if p.dim() == 4 and cfg.muon]
     others = [p for p in model.parameters() if p.dim() != 4 or not cfg.muon]
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     muon = {"muon": Muon(convolutions)} if cfg.muon else {}
     return TrainState(model=model, ema=copy.deepcopy(model).requires_grad_(False).eval(),
-                      disc=disc, adam=adam(others), **muon, disc_adam=adam(disc.parameters()),
-                      scaler=scaler, generator=torch.Generator().manual_seed(cfg.seed),
-                      usage=model.quantize.usage)
+                      disc=disc, adam=adam(others, cfg.beta1, cfg.beta2), **muon,
+                      disc_adam=adam(disc.parameters(), 0.5, 0.9), scaler=scaler,
+                      generator=torch.Generator().manual_seed(cfg.seed),
+                      usage=model.quantize.usage, adaptive_weight=runtime.zeros(),
+                      last_layer_grads=runtime.zeros(2, *model.decoder.conv_out.weight.shape))
 
 
 def make_config(cfg):
@@ -271,11 +290,12 @@ def make_config(cfg):
 def check(cfg):
     """Refuse options that make no sense, by themselves or together."""
     check_range(cfg, 1, 2 ** 62, "image_size", "patch", "ch", "num_res_blocks", "groups",
-                "z_channels", "codebook_size", "code_dim", "max_steps", "batch_size", "eval_every")
-    check_range(cfg, 0, 1, "max_bad", "ema")
+                "z_channels", "codebook_size", "code_dim", "max_steps", "batch_size",
+                "grad_accum_steps", "eval_every")
+    check_range(cfg, 0, 1, "max_bad", "ema", "beta1", "beta2")
     check_range(cfg, 0.1, 1, "min_zoom")
     if not cfg.ch_mult or not 0 < min(cfg.ch_mult) <= max(cfg.ch_mult) <= 64:
-        fail(f"--ch_mult={format_value(cfg.ch_mult)} makes no sense: one small number a level")
+        fail(f"--ch_mult={cfg.ch_mult} makes no sense: one small number a level")
     if cfg.ch % cfg.groups:
         fail(f"--ch={cfg.ch} does not divide by --groups={cfg.groups}")
     if cfg.vq_start >= cfg.max_steps:
@@ -290,30 +310,16 @@ def check_fit(cfg, vqgan_config, runtime):
     if cfg.image_size % vqgan_config.factor:
         fail(f"--image_size={cfg.image_size} does not divide by {vqgan_config.factor}, the factor "
              f"of --patch and --ch_mult")
-    if cfg.batch_size % runtime.world:
-        fail(f"--batch_size={cfg.batch_size} does not divide over {runtime.world} processes")
-
-
-def load_features(cfg, runtime):
-    """The CLIP of the perceptual loss, and its features at several depths; None without one."""
-    if not cfg.perceptual:
-        return None, None
-    clip = load_clip(cfg.clip, runtime.device, cfg.trust_jit)
-    return clip, perceptual_features(clip.model.visual)
-
-
-def read_val_images(source, names, cfg):
-    """Centre crops of up to 256 held-out images, uint8 (V, S, S, 3)."""
-    images = center_crops(source, names, cfg.image_size, 256)
-    if not len(images):
-        fail(f"none of the {len(names)} images of {cfg.data} to validate on can be read")
-    return images
+    if cfg.batch_size % (runtime.world * cfg.grad_accum_steps):
+        fail(f"--batch_size={cfg.batch_size} does not divide by {runtime.world} processes x "
+             f"--grad_accum_steps={cfg.grad_accum_steps}")
 
 
 def compile_network(state, cfg, runtime):
     """The network as it trains: compiled, if that is wanted and works."""
     torch._functorch.config.donated_buffer = False  # backward runs twice on this graph
-    shape = (cfg.batch_size // runtime.world, cfg.image_size, cfg.image_size, 3)
+    rows = cfg.batch_size // runtime.world // cfg.grad_accum_steps
+    shape = (rows, cfg.image_size, cfg.image_size, 3)
     blank = to_pixels(torch.zeros(shape, dtype=torch.uint8), runtime)
     return runtime.compile(state.model, cfg.compile, (blank, cfg.beta, True))
 
@@ -335,7 +341,7 @@ def main():
     state = make_state(vqgan_config, cfg, runtime)
     if run.resume:
         state.load(run.resume, run.path)
-    val_images = read_val_images(source, val_names or train_names[:1000], cfg)
+    val_images = validation_images(source, val_names, train_names, cfg.image_size)
     net = compile_network(state, cfg, runtime)
     side = cfg.image_size // vqgan_config.factor
     runtime.print0(f"vqgan: {format_size(state.model)}, {cfg.image_size} px -> {side} x {side} "
@@ -356,12 +362,10 @@ def main():
 
     run.show(draw, run.step)  # before step 1, to see that it can be done
     for step, x in image_batches(source, train_names, cfg, runtime, run.step):
-        if step == cfg.vq_start > 0 and not cfg.dry_run:
+        if step == (0 if cfg.dry_run else cfg.vq_start or None):
             init_codebook(state, source, train_names, step, cfg, runtime)
         lr = set_learning_rate(state.optimizers(), step, cfg)
-        metrics, fake_logits, is_finite = generator_step(state, net, x, lossy, step, cfg, runtime)
-        if fake_logits is not None:
-            metrics["disc"] = discriminator_step(state, x, fake_logits, is_finite, runtime)
+        metrics, is_finite = train_step(state, net, x, lossy, step, cfg, runtime)
         # in float16 an overflow is expected: GradScaler lowers its scale
         run.check_finite(step + 1, is_finite or state.scaler.get_scale() > 1)
         state.scaler.update()
@@ -371,18 +375,16 @@ def main():
 
         if is_eval_step(step, cfg):
             val_metrics = validate(state, val_images, lossy, step, cfg, runtime)
-            run.validated(step + 1, val_metrics, state.ema)
+            run.validated(step + 1, val_metrics, state.ema, is_candidate=is_candidate(step, cfg))
             run.save(step + 1, state.state_dict())
             run.show(draw, step)
         elif run.stop_requested:
             run.save(step + 1, state.state_dict())
         if run.should_stop:
             return run.finish()
-    code = run.finish()
-    runtime.print0(f"wrote {run.final} (step {run.best['step']}) and {cfg.out}/recon.png; next: "
-                   f"python prepare.py --vqgan={run.final} --data={cfg.data} --clip={cfg.clip} "
-                   f"--out=data/{Path(cfg.out).name}_tokens")
-    return code
+    following = format_command("prepare.py", vqgan=run.final, data=cfg.data, clip=cfg.clip,
+                               out=f"data/{Path(cfg.out).resolve().name}_tokens")
+    return run.finish(f"and {cfg.out}/recon.png; next: {following}")
 
 
 if __name__ == "__main__":

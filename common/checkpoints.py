@@ -90,9 +90,11 @@ def load_gpt(path, device):
     return build(GPT, GPTConfig, checkpoint, path).to(device), checkpoint
 
 
-def path_from(folder, path):
-    """A file's path as seen from a folder, so that both can be moved together."""
-    return os.path.relpath(path, folder) if Path(path).is_file() else str(path)
+def path_from(folder, path, base=""):
+    """A file's path, given as seen from the folder `base`, as seen from another folder, so that
+    both can be moved together; a name that is no file stays as it is."""
+    file = Path(base, path)
+    return os.path.relpath(file, folder) if file.is_file() else str(path)
 
 
 def load_named(load, folder, named, sha256, owner, option="--vqgan"):

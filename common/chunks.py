@@ -10,10 +10,9 @@ import torch
 
 from common.dumps import SPLITS
 from common.files import atomic_write, remove_stale, write_json
-from common.options import fail, format_value
-from common.process import start_worker
+from common.options import fail, format_value, same
+from common.process import note_saved, start_worker
 from common.progress import Progress
-from common.runs import same
 from common.sources import BadImages
 
 MAY_CHANGE = ("out", "device", "workers", "batch_size", "trust_jit", "max_bad", "dry_run")
@@ -133,6 +132,7 @@ def encode_chunks(chunks, folder, encode, workers, source, cfg, runtime):
                 fail(f"embeddings by {cfg.clip} are not finite; is that file intact?")
             with atomic_write(folder / f"{split}{c:06d}.npz") as f:
                 np.savez(f, tokens=tokens, clip=embeds, skipped=json.dumps(skipped))
+            note_saved(folder)
             progress(len(chunks[split].names_of(c)))
             bad.add(dict(skipped))
     return bad

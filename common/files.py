@@ -30,8 +30,10 @@ def atomic_write(path):
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # some file systems refuse to sync a folder
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -71,14 +73,17 @@ def lock_folder(folder, rank=0):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(Path(folder, ".lock"), "a")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_stale(folder)
     except OSError as e:
-        if e.errno in (errno.EWOULDBLOCK, errno.EACCES) and Path(folder, ".lock").exists():
+        fail(f"could not write in {folder}: {e.strerror}")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
             fail(f"another run is working in {folder}; wait for it, or choose another --out")
-        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            fail(f"could not write in {folder}: {e.strerror}")
-        print(f"warning: no locks on the file system of {folder}: a second run is not noticed")
+        print(f"warning: no locks on the file system of {folder} ({e.strerror}): a second run "
+              f"there is not noticed", flush=True)
+    else:
+        remove_stale(folder)
     return file
 
 

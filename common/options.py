@@ -5,6 +5,7 @@ import difflib
 import inspect
 import os
 import re
+import shlex
 import sys
 import typing
 
@@ -78,8 +79,8 @@ def parse_options(Config, presets={}, argv=None):
     given = vars(parser.parse_args(argv))
     prompts = tuple(given.pop("prompts"))
     if prompts and "prompts" not in Config.__dataclass_fields__:
-        several = " (a pattern is written in quotes: --data='*.jpg')" if len(prompts) > 1 else ""
-        fail(f"'{prompts[0][:60]}' is no option{several}; options are written --name=value, and "
+        quotes = " (a pattern is written in quotes: --data='*.jpg')" if "data" in given else ""
+        fail(f"'{prompts[0][:60]}' is no option{quotes}; options are written --name=value, and "
              f"--help lists them")
     hints, values = typing.get_type_hints(Config), {"prompts": prompts} if prompts else {}
     for name, texts in given.items():
@@ -110,8 +111,8 @@ def check_argument(arg, following, fields):
     elif not equals:
         wanted = fields[name].default if following.startswith("--") else following[:60]
         fail(f"--{name} needs a value, written --{name}={format_value(wanted)}")
-    elif name in ("out", "data") and not text:
-        fail(f"--{name}= is empty; name a path, or leave the option out")
+    elif not text and isinstance(fields[name].default, str) and fields[name].default:
+        fail(f"--{name}= is empty; give it a value, or leave the option out")
 
 
 def print_help(Config, fields, presets):
@@ -123,6 +124,19 @@ def print_help(Config, fields, presets):
     for name, options in presets.items():
         words = " ".join(f"--{k}={format_value(v)}" for k, v in options.items())
         print(f"\n--preset={name} stands for {words}")
+
+
+def format_command(script, *words, **options):
+    """A command line to be pasted into a shell."""
+    named = [f"--{name}={format_value(value)}" for name, value in options.items()]
+    return shlex.join(["python", script, *words, *named])
+
+
+def same(a, b):
+    """Whether two values of an option mean the same: data/ and ./data are one path."""
+    if isinstance(a, str) and isinstance(b, str) and a and b:
+        return os.path.realpath(a) == os.path.realpath(b)
+    return a == b
 
 
 def check_range(cfg, low, high, *names):

@@ -4,6 +4,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from common.openai_clip import load_clip
+
 
 def perceptual_features(visual, depths=(0.25, 0.5, 0.75, 1.0)):
     """A function from CLIP's input (B, 3, C, C) to a list of feature maps: a ResNet's four stages
@@ -47,3 +49,37 @@ def perceptual_distance(real, fake):
         cosine = (F.normalize(a, dim=dim) * b).sum(dim) / length
         total = total + 2 - 2 * cosine.mean()
     return total / len(real)
+
+
+def random_shift(images, largest):
+    """Images (B, 3, S, S) several times, all shifted alike by up to `largest` pixels each way, the
+    borders repeated: so that a ViT's patches are cut differently in each step."""
+    if not largest:
+        return images
+    side = images[0].shape[-1]
+    x, y = torch.randint(2 * largest + 1, (2,)).tolist()
+    padded = [F.pad(image, 4 * (largest,), mode="replicate") for image in images]
+    return [image[..., y:y + side, x:x + side] for image in padded]
+
+
+def blindness(visual):
+    """A warning if a ViT's first layer can't see all of a patch: it projects the 3 p p numbers of a
+    patch to its width, and errors in the other directions are invisible for any weights."""
+    if hasattr(visual, "layer1"):
+        return ""
+    width, channels, p, _ = visual.conv1.weight.shape
+    numbers = channels * p * p
+    if width >= numbers:
+        return ""
+    return (f"warning: this CLIP projects patches of {numbers} numbers to {width}: the perceptual "
+            f"loss is blind to {1 - width / numbers:.0%} of the directions an error can have; "
+            f"--clip=RN50 sees them all")
+
+
+def load_features(cfg, runtime):
+    """The CLIP of the perceptual loss, and its features at several depths; None without one."""
+    if not cfg.perceptual:
+        return None, None
+    clip = load_clip(cfg.clip, runtime.device, cfg.trust_jit)
+    runtime.print0(blindness(clip.model.visual))
+    return clip, perceptual_features(clip.model.visual)

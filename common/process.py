@@ -76,9 +76,13 @@ def out_of_memory():
          f"trainer means another --out, or a smaller network")
 
 
-saved = []  # files of this run to go on from, for kept()
+saved = []  # the file or folder that a run can go on from, once there is one
+
+
+def note_saved(path):
+    saved[:] = [path]
 
 
 def kept():
     """What a run that ends here can go on from, in words."""
-    return f"{saved[-1]} holds, the same command goes on from it" if saved else "nothing is lost"
+    return f"{saved[0]} is kept, to go on from" if saved else "nothing was saved yet"

@@ -1,6 +1,8 @@
-"""What a script prints: lines that never end a run, progress of anything that takes long, and what
-a dry run measured."""
+"""What a script says: lines that never end a run, progress of anything that takes long, a log of
+metrics, what a dry run measured."""
 import contextlib
+import json
+import math
 import os
 import shutil
 import statistics
@@ -9,6 +11,8 @@ import time
 
 import torch
 from tqdm import tqdm
+
+from common.files import atomic_write
 
 try:
     import resource
@@ -35,7 +39,7 @@ class Output:
 
     def put(self, text):
         try:
-            with tqdm.external_write_mode(sys.__stderr__):
+            with tqdm.external_write_mode(sys.__stderr__, nolock=True):
                 self.stream.write(text)
                 self.stream.flush()
         except (OSError, ValueError):
@@ -83,6 +87,29 @@ def fitting(words):
     return text
 
 
+class Log:
+    """A run's .jsonl, a line a step. One that goes on drops the lines after its checkpoint."""
+
+    def __init__(self, path, last_step):
+        self.path = path
+        text = path.read_text(errors="replace") if last_step and path.exists() else ""
+        with atomic_write(path) as f:
+            f.write_text("".join(x + "\n" for x in text.splitlines() if step_of(x) <= last_step))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, step, metrics):
+        metrics = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
+        self.file.write(json.dumps({"step": step} | metrics) + "\n")
+
+
+def step_of(line):
+    """The step of a line of a log; infinite if the line is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class StepTimer:
     """When the steps of a dry run ended, and whether that was enough of them."""
 
@@ -96,7 +123,7 @@ class StepTimer:
         return len(ends) > 3 and (ends[-1] - ends[0] > 60 or len(ends) > 7 and
                                   ends[-1] - ends[2] > 5)
 
-    def report(self, steps, batch_size, device):
+    def report(self, cfg, device):
         """What was measured: by the median of the steps but for two to warm up."""
         ends = self.ends[min(2, (len(self.ends) - 1) // 2):]
         seconds = statistics.median(b - a for a, b in zip(ends, ends[1:]))
@@ -105,6 +132,7 @@ class StepTimer:
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             memory = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        steps, batch_size = cfg["max_steps"], cfg["batch_size"]
         return (f"dry run: {(memory or 0) / 2 ** 30:.2f} GiB at most, {1 / seconds:.3g} steps/s, "
                 f"{batch_size / seconds:.3g} rows/s; all {steps} steps would take "
                 f"{seconds * steps / 3600:.2f} hours, evaluations apart; nothing was written")

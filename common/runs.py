@@ -1,13 +1,9 @@
 """A run folder: going on after a stop, the log, progress, checkpoints, the best weights."""
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import signal
-import statistics
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -15,17 +11,12 @@ import torch
 import model
 from common.checkpoints import load_checkpoint
 from common.files import atomic_write, file_sha256, hash_state, lock_folder
-from common.options import fail, format_value
-from common.process import signals
-from common.progress import Progress
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+from common.options import fail, format_value, same
+from common.process import note_saved, signals
+from common.progress import Log, Progress, StepTimer
 
 MAY_CHANGE = ("out", "device", "compile", "workers", "trust_jit", "max_bad", "dry_run", "fresh",
-              "init_from", "max_steps")  # options that may differ when a run goes on
+              "max_steps")  # options that may differ when a run goes on
 
 
 class Run:
@@ -38,17 +29,17 @@ class Run:
 
     def __init__(self, stage, cfg, runtime, inputs, about, code):
         self.stage, self.cfg, self.runtime = stage, dataclasses.asdict(cfg), runtime
+        self.defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
         self.inputs, self.about = inputs, about
         self.code = {Path(f).name: file_sha256(f) for f in (code, model.__file__)}
         self.final, self.path = Path(cfg.out, f"{stage}.pt"), Path(cfg.out, f"{stage}.ckpt")
         self.is_dry = getattr(cfg, "dry_run", False)
         self.resume, self.step, self.finished = None, 0, False
         self.best = {"val_loss": math.inf, "step": 0, "ema": None}
-        self.val_losses, self.warned = [], False
+        self.val_losses, self.warned = [], set()
         self.log_file, self.signalled, self.stop_requested = None, False, False
         self.consecutive_bad_steps = self.bad_steps = 0
-        self.step_end_times = [time.perf_counter()]   # of a dry run
-        self.measured = False                         # whether a dry run has seen enough steps
+        self.timer, self.measured = StepTimer(), False   # of a dry run: has it seen enough steps?
         self.lock = None if self.is_dry else lock_folder(cfg.out, runtime.rank)
         if not self.is_dry:
             self.open_folder()
@@ -70,26 +61,41 @@ class Run:
         self.step, old = self.resume["step"], self.resume["config"]
         self.best = self.resume.get("best") or self.best
         self.val_losses = self.resume.get("val_losses", [])
-        self.finished = self.step >= self.cfg["max_steps"] and self.final.exists()
-        changed = [f for f, sha in self.resume.get("code", {}).items() if self.code.get(f) != sha]
+        self.finished = self.step >= self.cfg["max_steps"] and self.is_written()
+        code = self.resume.get("code", self.code)
+        changed = [name for name, sha in self.code.items() if code.get(name) != sha]
         if changed:
             print0(f"the code has changed since this run began ({', '.join(changed)}): for a run "
                    f"of the new code choose another --out, or --fresh=True")
+        self.code = code
         if self.finished:
             print0(f"{self.final} is finished (step {self.step}); a larger --max_steps goes on, "
                    f"--fresh=True or another --out trains anew")
             return
         longer = f" of now {self.cfg['max_steps']}, whose learning rate it follows" if (
-            old["max_steps"] != self.cfg["max_steps"]) else ""
+            old.get("max_steps") != self.cfg["max_steps"]) else ""
         print0(f"going on from {self.path}, step {self.step}{longer}")
+        note_saved(self.path)
         device, dtype = self.resume.get("computed", ("", ""))
         if self.cfg["dtype"] == "auto" and device == self.runtime.device.type:
             self.runtime.dtype = getattr(torch, dtype)   # resume with the original dtype
 
+    def is_written(self):
+        """Whether stage.pt is what this run ends in, and not from before it was prolonged."""
+        if not self.final.exists():
+            return False
+        final = load_checkpoint(self.final, self.stage)
+        return final["config"]["max_steps"] == self.resume["config"]["max_steps"] and (
+            (final["step"], final["val_loss"]) == (self.best["step"], self.best["val_loss"]))
+
     def check_same_options(self):
         """Refuse to go on with other options, or with inputs that have changed."""
+        missing = [k for k in ("step", "config", "inputs") if k not in self.resume]
+        if missing:
+            fail(f"{self.path} lacks its {', '.join(missing)}; put an intact copy there, choose "
+                 f"another --out, or --fresh=True to replace it")
         # an option that the run was made without had its default
-        old = {k: v for k, v in self.cfg.items()} | self.resume.get("config", {})
+        old = self.defaults | self.resume["config"]
         differ = [k for k in self.cfg if k not in MAY_CHANGE and not same(old.get(k), self.cfg[k])]
         if self.cfg["max_steps"] < self.resume["step"]:
             differ.append("max_steps")
@@ -98,7 +104,7 @@ class Run:
             fail(f"{self.path} was made with other options ({was}); repeat those, choose another "
                  f"--out, or --fresh=True to replace it")
         for what, sha in self.inputs.items():
-            if self.resume.get("inputs", {}).get(what) != sha:
+            if self.resume["inputs"].get(what) != sha:
                 fail(f"{self.path} was started from another {what}; put that back, choose another "
                      f"--out, or --fresh=True to replace it")
 
@@ -119,7 +125,7 @@ class Run:
             if self.signalled:
                 os._exit(130)
             self.signalled = True
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(RuntimeError):  # a print that the signal interrupted
                 self.runtime.print0("stopping after this step")
         for number in signals():
             signal.signal(number, request_stop)
@@ -128,11 +134,7 @@ class Run:
         """After each step, on every rank: log its metrics, and agree on whether to stop."""
         self.stop_requested = self.runtime.any_rank(self.signalled)
         if self.is_dry:
-            self.step_end_times.append(time.perf_counter())
-            ends = self.step_end_times
-            enough = len(ends) > 3 and (ends[-1] - ends[0] > 60 or len(ends) > 7 and
-                                        ends[-1] - ends[2] > 5)
-            self.measured = len(ends) > 3 and self.runtime.any_rank(enough)
+            self.measured = self.runtime.any_rank(self.timer.end_step())
         else:
             self.log(step, metrics)
         self.progress(**metrics)
@@ -142,21 +144,16 @@ class Run:
         return self.stop_requested or self.measured
 
     def log(self, step, metrics):
-        """Add a line to the log. A run that goes on first drops the lines after its checkpoint."""
+        """Add a line to the log."""
         if self.runtime.rank > 0 or self.is_dry:
             return
         if not self.log_file:
-            path = self.path.with_suffix(".jsonl")
-            lines = path.read_text().splitlines() if self.step and path.exists() else []
-            with atomic_write(path) as f:
-                f.write_text("".join(x + "\n" for x in lines if step_of(x) <= self.step))
-            self.log_file = open(path, "a", buffering=1)
-        metrics = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
+            self.log_file = Log(self.path.with_suffix(".jsonl"), self.step)
         try:
-            self.log_file.write(json.dumps({"step": step} | metrics) + "\n")
+            self.log_file.write(step, metrics)
         except OSError as e:
-            self.runtime.print0(f"warning: could not write {self.log_file.name} ({e.strerror}); "
-                                f"training goes on")
+            self.warn_once("log", f"could not write {self.log_file.path} ({e.strerror}); training "
+                           f"goes on")
 
     def check_finite(self, step, is_finite):
         """Count steps that were skipped since loss or gradient was not finite; 20 in a row end the
@@ -172,26 +169,33 @@ class Run:
             fail(f"20 steps in a row were not finite; {kept}. Try a smaller --learning_rate or "
                  f"--dtype=float32")
 
-    def validated(self, step, metrics, ema, ceiling=math.inf):
-        """Log metrics of the validation set, and keep the averaged weights if they are the best."""
+    def warn_once(self, kind, message):
+        if kind not in self.warned:
+            self.warned.add(kind)
+            self.runtime.print0(f"warning: {message}")
+
+    def validated(self, step, metrics, ema, ceiling=math.inf, is_candidate=True):
+        """Log metrics of the validation set, and keep the averaged weights if they are the best.
+        Losses above `ceiling` are warned of; `is_candidate`: may these weights be the result?"""
         self.log(step, metrics)
         loss = metrics["val_loss"]
         words = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
         self.runtime.print0(f"step {step}: {words}")
-        self.val_losses.append(loss)
-        last = self.val_losses[-4:]
-        if len(last) == 4 and last == sorted(set(last)) and not self.warned:
-            self.warned = True
-            self.runtime.print0(f"warning: validation loss has risen three times in a row, from "
-                                f"{last[0]:.4f} to {loss:.4f}: overfitting. {self.final.name} will "
-                                f"hold step {self.best['step']}")
-        elif loss > ceiling and not self.warned:
-            self.warned = True
-            self.runtime.print0(f"warning: validation loss {loss:.4f} lies above {ceiling:.4f}, "
-                                f"that of a model that knows nothing")
-        if loss < self.best["val_loss"]:
+        if not is_candidate:
+            return
+        is_better = loss < self.best["val_loss"] or math.isnan(self.best["val_loss"])
+        if is_better or not self.best["ema"]:
             weights = {k: x.detach().cpu().clone() for k, x in ema.state_dict().items()}
             self.best = {"val_loss": loss, "step": step, "ema": weights}
+        self.val_losses.append(loss)
+        last = self.val_losses[-4:]
+        if len(last) == 4 and last == sorted(set(last)):
+            self.warn_once("overfitting", f"validation loss has risen three times in a row, from "
+                           f"{last[0]:.4f} to {loss:.4f}: overfitting. {self.final.name} will hold "
+                           f"step {self.best['step']}")
+        elif loss > ceiling:
+            self.warn_once("overfitting", f"validation loss {loss:.4f} lies above {ceiling:.4f}, "
+                           f"that of a model that knows nothing")
 
     def save(self, step, state):
         """Write the checkpoint of `step`: options, hashes of the inputs, `state`, best weights."""
@@ -203,6 +207,9 @@ class Run:
                     "val_losses": self.val_losses, **self.about, **state}
         contents["sha256"] = hash_state(contents["ema"]) if "ema" in contents else ""
         write_checkpoint(self.path, contents)
+        note_saved(self.path)
+        if not self.resume and self.cfg["fresh"]:   # the result of the run that this one replaces
+            self.final.unlink(missing_ok=True)
 
     def show(self, draw, *args):
         """Call draw(*args), which only shows something: if it fails, a line says so."""
@@ -212,15 +219,17 @@ class Run:
         except (Exception, SystemExit) as e:
             self.runtime.print0(f"could not draw ({type(e).__name__}: {e}); training goes on")
 
-    def finish(self):
-        """Write the best weights as the stage's result; or report a dry run. Returns an exit code.
-        """
+    def finish(self, more=""):
+        """Write the stage's result and say so, and `more`; or report a dry run. Returns an exit
+        code."""
         if self.stop_requested:
             if not self.is_dry:
-                self.runtime.print0(f"saved {self.path}; the same command goes on from there")
+                without = " without --fresh" if self.cfg["fresh"] else ""
+                self.runtime.print0(f"saved {self.path}; the same command{without} goes on from "
+                                    f"there")
             return 130
         if self.is_dry:
-            self.runtime.print0(self.report())
+            self.runtime.print0(self.timer.report(self.cfg, self.runtime.device))
             return 0
         if self.runtime.rank == 0:
             contents = {"stage": self.stage, "config": self.cfg, "inputs": self.inputs,
@@ -228,41 +237,13 @@ class Run:
             if self.best["ema"]:
                 contents["sha256"] = hash_state(self.best["ema"])
             write_checkpoint(self.final, contents)
+            self.runtime.print0(f"wrote {self.final} (step {contents['step']}) {more}")
         return 0
-
-    def report(self):
-        """What a dry run measured: by the median of its steps but for two to warm up."""
-        ends = self.step_end_times[min(2, (len(self.step_end_times) - 1) // 2):]
-        seconds = statistics.median(b - a for a, b in zip(ends, ends[1:]))
-        if self.runtime.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            memory = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        steps, batch_size = self.cfg["max_steps"], self.cfg["batch_size"]
-        return (f"dry run: {(memory or 0) / 2 ** 30:.2f} GiB at most, {1 / seconds:.3g} steps/s, "
-                f"{batch_size / seconds:.3g} rows/s; all {steps} steps would take "
-                f"{seconds * steps / 3600:.2f} hours, evaluations apart; nothing was written")
 
 
 def write_checkpoint(path, contents):
     with atomic_write(path) as f:
         torch.save(contents | {"digest": hash_state(contents)}, f)
-
-
-def same(a, b):
-    """Whether two values of an option mean the same: data/ and ./data are one path."""
-    if isinstance(a, str) and isinstance(b, str) and a and b:
-        return os.path.normpath(a) == os.path.normpath(b)
-    return a == b
-
-
-def step_of(line):
-    """The step of a line of a log; infinite if the line is damaged."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def is_eval_step(step, cfg):

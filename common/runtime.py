@@ -27,8 +27,12 @@ class Runtime:
         kind = self.device.type
         if self.world > 1:
             minutes = datetime.timedelta(minutes=10)
-            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo",
-                                                 timeout=minutes)
+            try:
+                torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo",
+                                                     timeout=minutes)
+            except (RuntimeError, ValueError) as e:
+                fail(f"the {self.world} processes that WORLD_SIZE promises did not meet "
+                     f"({str(e).splitlines()[0][:100]}): start with torchrun, or unset it")
         if kind == "cpu":
             keep_freed_memory()
         self.dtype = self.choose_dtype(dtype, training)
@@ -62,6 +66,9 @@ class Runtime:
 
     def to_device(self, x):
         return x.to(self.device, non_blocking=True)
+
+    def zeros(self, *shape):
+        return torch.zeros(shape, device=self.device)
 
     def print0(self, *words):
         """Print, once for all ranks. That nobody can read it ends no training."""
@@ -135,7 +142,10 @@ def ranks():
         missing = ", ".join(name for name in names if name not in present)
         fail(f"{', '.join(present)} are set in the environment but not {missing}: start with "
              f"torchrun, or unset them")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except ValueError:
+        fail("RANK and WORLD_SIZE must be whole numbers: start with torchrun, or unset them")
 
 
 def choose_device(name, world=1):

@@ -203,6 +203,15 @@ def center_crops(source, names, size, count):
     return np.array(crops)
 
 
+def validation_images(source, val_names, train_names, size):
+    """Centre crops of up to 256 held-out images, or of training ones where none can be read."""
+    for names in (val_names, train_names[:1000]):
+        crops = center_crops(source, names, size, 256)
+        if len(crops):
+            return crops
+    fail(f"none of the first {len(train_names[:1000])} images of {source.data} can be read")
+
+
 def split_names(source, percent):
     """An ImageSource's names -> (those to train on, those held out for validation), decided by the
     name alone."""
