@@ -470,16 +470,18 @@ class GPT(nn.Module):
         return self.pos_emb.new_zeros(shape)
 
     @torch.inference_mode()
-    def generate(self, cond, uniform, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0):
+    def generate(self, cond, uniform, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0,
+                 negative=None):
         """Sample images: conditions (B, D) and uniform numbers (B, T) in [0, 1) -> tokens (B, T).
         One number a token comes in, so that an image depends on its own row alone. With guidance g
-        a second half of the batch has no condition: logits = null + g (cond - null) (Ho & Salimans
-        2022)."""
+        a second half of the batch has no condition, or the conditions `negative` (B, D) in its
+        place: logits = null + g (cond - null) (Ho & Salimans 2022)."""
         assert guidance == 1.0 or not self.cfg.classic, "classic has no null embedding to guide by"
         assert uniform.shape == (len(cond), self.cfg.grid ** 2)
         x = self.prefix(cond).float()                                    # (B, P, C)
         if guidance != 1.0:
-            x = torch.cat([x, self.null.expand_as(x)])                   # (2B, P, C)
+            null = self.null if negative is None else self.prefix(negative).float()
+            x = torch.cat([x, null.expand_as(x)])                        # (2B, P, C)
         caches, pos = self.new_caches(len(x)), 0
         tokens = torch.empty(uniform.shape, dtype=torch.long, device=x.device)
         for i in range(tokens.shape[1]):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from common.checkpoints import load_gpt, load_named, load_vqgan, newest
@@ -43,6 +44,8 @@ class Config:
     clip: str = ""                   # (empty: the one of the GPT)
     trust_jit: bool = False          # run the code in a --clip file that is TorchScript
     image: str = ""                  # an image to draw variations of, instead of words
+    mix: float | None = None         # words beside --image: 0 is the image, 1 the words
+    negative: str = ""               # words to be guided away from, instead of from nothing
     out: str = "out/samples.png"     # the grid; the images go into the folder of the same name
     n: int | None = None             # images to keep of each prompt (auto: 4; classic 8)
     candidates: int | None = None    # to draw of each, CLIP keeps the best n (auto: n; classic 64)
@@ -79,15 +82,16 @@ def conditions_and_uniforms(gpt, embedding, modality, seed, key, count, variety)
     return cond, torch.from_numpy(uniform)
 
 
-def draw(generator, vqgan, cond, uniform, options, runtime, batch_size):
+def draw(generator, vqgan, cond, uniform, options, runtime, batch_size, negative=None):
     """Conditions (N, D) and uniform numbers (N, T) -> (N images (3, S, S) in [-1, 1], seconds spent
-    in the GPT). `generator` is a GPT, or what fast.accelerate makes of it."""
+    in the GPT). `generator` is a GPT, or what fast.accelerate makes of it; `negative` (1, D)."""
     images, seconds, grid = [], 0.0, round(uniform.shape[1] ** 0.5)
     for c, u in zip(cond.split(batch_size), uniform.split(batch_size)):
         start = time.time()
         tokens = generator.generate(
             c.to(runtime.device), u.to(runtime.device), options["guidance"],
-            options["temperature"], options["top_k"], options["top_p"]).cpu()    # (b, T)
+            options["temperature"], options["top_k"], options["top_p"],
+            None if negative is None else negative.expand_as(c)).cpu()           # (b, T)
         seconds += time.time() - start
         with torch.no_grad(), runtime.autocast():
             # one at a time, so that the last bit of a pixel does not depend on the others
@@ -112,6 +116,8 @@ def sampling_options(cfg, gpt, meta):
     if options["guidance"] != 1 and not can_guide:
         fail(f"--guidance={options['guidance']} needs a GPT trained with dropped conditions, which "
              f"this one is not; use --guidance=1")
+    if getattr(cfg, "negative", "") and options["guidance"] == 1:
+        fail("--negative steers by guidance: use --guidance=3 or so beside it")
     if options["variety"] and gpt.cfg.classic:
         fail(f"--variety={options['variety']} needs a GPT that is not classic; use --variety=0")
     return options
@@ -145,26 +151,32 @@ def load(cfg, runtime):
     return gpt, vqgan, clip, sampling_options(cfg, gpt, meta)
 
 
-def embed(prompt, image, clip, runtime):
-    """A prompt or, if there is one, an image -> (embedding (1, D), what seeds its randomness)."""
-    if image:
-        pixels = to_tensor(crop(image, clip.size))[None].to(runtime.device)  # (1, 3, C, C)
-        with torch.no_grad():
-            embedding, key = clip.encode_image(pixels), file_sha256(prompt)
-    else:
-        embedding, key = clip.encode_text([prompt]), prompt
-        if clip.tokenize([prompt])[1]:
-            runtime.print0(f"warning: this CLIP reads {clip.context} tokens, the rest of "
-                           f"'{prompt[:60]}' is cut off")
+def embed_text(prompt, clip, runtime):
+    """A prompt -> its embedding (1, D)."""
+    embedding = clip.encode_text([prompt])
+    if clip.tokenize([prompt])[1]:
+        runtime.print0(f"warning: this CLIP reads {clip.context} tokens, the rest of "
+                       f"'{prompt[:60]}' is cut off")
+    return check_embedding(embedding, clip)
+
+
+@torch.no_grad()
+def embed_image(image, clip, runtime):
+    """A Pillow image -> its embedding (1, D)."""
+    pixels = to_tensor(crop(image, clip.size))[None].to(runtime.device)          # (1, 3, C, C)
+    return check_embedding(clip.encode_image(pixels), clip)
+
+
+def check_embedding(embedding, clip):
     if not embedding.isfinite().all():
-        fail(f"CLIP's embedding of '{prompt[:60]}' is not finite; is {clip.name} intact?")
-    return embedding, key
+        fail(f"the embedding by {clip.name} is not finite; is that file intact?")
+    return embedding
 
 
 def check(cfg):
     """Refuse options that make no sense."""
     check_range(cfg, 1, 2 ** 62, "n", "candidates", "batch_size")
-    check_range(cfg, 0, 1, "top_p")
+    check_range(cfg, 0, 1, "top_p", "mix")
     check_range(cfg, 0, 1e6, "guidance", "temperature", "variety")
     if Path(cfg.out).suffix.lower() != ".png":
         fail(f"--out={cfg.out} must end in .png")
@@ -176,23 +188,30 @@ def main():
     cfg = parse_options(Config)
     check(cfg)
     prompts = read_prompts(cfg)
-    image = read_image(cfg.image) if cfg.image else None
+    image, has_words = read_image(cfg.image) if cfg.image else None, prompts != [cfg.image]
     runtime = Runtime(cfg.device, cfg.dtype, training=False)
     gpt, vqgan, clip, options = load(cfg, runtime)
     n, count = options["n"], max(options["n"], options["candidates"])
-    if image and cfg.variety is None:
+    if image and not has_words and cfg.variety is None:
         options["variety"] = 0.0  # image conditions get no added noise
     kept = f", the best {n} of each" if count > n else ""
     runtime.print0(f"{len(prompts)} x {count} images of {gpt.cfg.grid ** 2} tokens{kept} to "
                    f"{cfg.out}; {format_options(options)}")
 
-    generator = accelerate(gpt, runtime.dtype)
+    generator, negative = accelerate(gpt, runtime.dtype), None
+    image_embedding = embed_image(image, clip, runtime) if image else None
+    if cfg.negative:
+        negative = gpt.condition(embed_text(cfg.negative, clip, runtime), "text")
     images, names, start, seconds = [], [], time.time(), 0.0
     for number, prompt in enumerate(prompts):
-        embedding, key = embed(prompt, image, clip, runtime)
-        cond, uniform = conditions_and_uniforms(gpt, embedding, "image" if image else "text",
+        embedding = embed_text(prompt, clip, runtime) if has_words else image_embedding
+        key = prompt if has_words else file_sha256(cfg.image)
+        cond, uniform = conditions_and_uniforms(gpt, embedding, "text" if has_words else "image",
                                                 cfg.seed, key, count, options["variety"])
-        drawn, spent = draw(generator, vqgan, cond, uniform, options, runtime, cfg.batch_size)
+        if has_words and image:  # between the two, in centred space
+            cond = F.normalize(torch.lerp(gpt.condition(image_embedding), cond, cfg.mix), dim=-1)
+        drawn, spent = draw(generator, vqgan, cond, uniform, options, runtime, cfg.batch_size,
+                            negative)
         drawn, seconds = [to_image(x) for x in drawn], seconds + spent
         best = range(count)
         if count > n:
@@ -210,7 +229,7 @@ def main():
     rows = [images[i:i + n] for i in range(0, len(images), n)]
     if image:  # the source comes first, cropped as CLIP is shown it
         rows[0].insert(0, Image.fromarray(crop(image, images[0].width)))
-    save_grid(cfg.out, rows, grid_labels(prompts, bool(image)), round(len(prompts) ** 0.5))
+    save_grid(cfg.out, rows, grid_labels(prompts, not has_words), round(len(prompts) ** 0.5))
     runtime.print0(f"wrote {cfg.out}, and each image by itself to {folder}/")
 
 

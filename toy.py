@@ -218,10 +218,9 @@ def main():
     if not stopped:
         with atomic_write(f"{cfg.out}/clip.pt") as f:
             torch.save(state.model.state_dict(), f)
-        following = format_command("vqgan.py", data=f"{cfg.data}/train", clip=f"{cfg.out}/clip.pt",
-                                   out=cfg.out)
-        runtime.print0(f"wrote {cfg.out}/clip.pt and {cfg.out}/world.png; next: {following}")
-    return run.finish()
+    following = format_command("vqgan.py", data=f"{cfg.data}/train", clip=f"{cfg.out}/clip.pt",
+                               out=cfg.out)
+    return run.finish(f"and {cfg.out}/clip.pt and {cfg.out}/world.png; next: {following}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ def read_prompts(cfg):
         except (OSError, UnicodeError) as e:
             fail(f"{cfg.texts} is no file of prompts that can be read ({e})")
         prompts += [line.strip() for line in lines if line.strip()]
-    if bool(prompts) == bool(cfg.image):
-        fail('give either words, as in python sample.py "a red bus", or an image, --image=FILE')
+    if cfg.mix is None and bool(prompts) == bool(cfg.image):
+        fail('give either words, as in python sample.py "a red bus", or an image, --image=FILE; or '
+             'both with --mix=0.5')
+    if cfg.mix is not None and not (prompts and cfg.image):
+        fail("--mix draws from between words and an image: give both, and --image=FILE")
     try:
         "".join(prompts).encode()
     except UnicodeEncodeError:

@@ -234,10 +234,11 @@ class Run:
         if self.runtime.rank == 0:
             contents = {"stage": self.stage, "config": self.cfg, "inputs": self.inputs,
                         **self.about, **self.best}
+            of_step = f" (step {self.best['step']})" if self.best["ema"] else ""
             if self.best["ema"]:
                 contents["sha256"] = hash_state(self.best["ema"])
             write_checkpoint(self.final, contents)
-            self.runtime.print0(f"wrote {self.final} (step {contents['step']}) {more}")
+            self.runtime.print0(f"wrote {self.final}{of_step} {more}")
         return 0
 
 
