@@ -1,5 +1,6 @@
 # make demo       everything from nothing to out/toy/samples.png; run again, it goes on where it stopped
 # make test       the tests; make test-slow: those that take long; make lint: the style
+# make photos     photographs by words: CIFAR-10 (docs/photos.md says where its two files come from)
 # make match      how many of the demo's images show what their prompt says
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PROMPTS := "a red bus" "a blue fish" "a yellow star" "a green tree" "a pink hous
 	"a brown cup" "a black car" "a red heart" "a purple bus" "a yellow fish" "a pink flower" "a small green house" \
 	"a large purple fish" "a black star on a sand background" "a small red boat on a white background"
 
-.PHONY: demo test test-slow lint match
+.PHONY: demo photos test test-slow lint match
 demo: out/toy/samples.png
 	@echo "done: the images are in out/toy/samples.png"
 
@@ -55,3 +56,21 @@ out/toy/gpt.pt: data/toy_tokens/meta.json
 	$(PY) train_gpt.py --out=out/toy
 out/toy/samples.png: out/toy/gpt.pt
 	$(PY) sample.py $(PROMPTS) --gpt=out/toy/gpt.pt --out=$@
+
+PHOTOS := data/cifar10-50k.tar
+CLASSES := "a photo of an airplane" "a photo of an automobile" "a photo of a bird" "a photo of a cat" "a photo of a deer" \
+	"a photo of a dog" "a photo of a frog" "a photo of a horse" "a photo of a ship" "a photo of a truck"
+photos: out/photos/samples.png
+	@echo "done: the images are in out/photos/samples.png"
+out/photos/clip.pt: | .venv/installed
+	$(PY) -m lab.cifar
+	$(PY) -m lab.small_clip --data=$(PHOTOS) --out=out/photos
+out/photos/vqgan.pt: out/photos/clip.pt
+	$(PY) vqgan.py --data=$(PHOTOS) --out=out/photos --clip=$< --image_size=32 --patch=2 --ch=64 --ch_mult=1,2 \
+		--groups=16 --attn_resolutions=8 --min_zoom=0.8 --flip=True --max_steps=1200
+data/photos_tokens/meta.json: out/photos/vqgan.pt
+	$(PY) prepare.py --data=$(PHOTOS) --out=data/photos_tokens --vqgan=$< --clip=out/photos/clip.pt
+out/photos/gpt.pt: data/photos_tokens/meta.json
+	$(PY) train_gpt.py --data=data/photos_tokens --out=out/photos --n_layer=6 --n_head=8 --n_embd=256 --max_steps=1200
+out/photos/samples.png: out/photos/gpt.pt
+	$(PY) sample.py $(CLASSES) --n=8 --gpt=$< --out=$@

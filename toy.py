@@ -151,7 +151,12 @@ def read_world(folder, *splits):
     and the evaluation alone."""
     try:
         with open(Path(folder) / "captions.tsv", newline="") as f:
-            rows = [row for row in csv.DictReader(f, delimiter="\t") if row["split"] in splits]
+            rows = list(csv.DictReader(f, delimiter="\t"))
+        world = json.loads(Path(folder, "world.json").read_text())
+        if len(rows) != world["train_images"] + world["heldout_images"] or (
+                {row["split"] for row in rows} - {"train", "unseen", "heldout"}):
+            raise ValueError("captions.tsv is cut")
+        rows = [row for row in rows if row["split"] in splits]
         images = [np.asarray(open_image(Path(folder) / row["path"])) for row in rows]
     except OSError as e:
         fail(f"{folder} is no whole toy world ({e.filename}: {e.strerror}); draw it with toy.py")
@@ -201,7 +206,8 @@ def main():
     if run.resume:
         state.load(run.resume, run.path)
     images, rows = read_world(cfg.data, "train", "unseen")
-    runtime.print0(f"{format_size(state.model)}, {len({r['caption'] for r in rows})} captions")
+    texts, index = np.unique([r["caption"] for r in rows], return_inverse=True)
+    runtime.print0(f"{format_size(state.model)}, {len(texts)} different captions")
     run.catch_signals()
 
     def judge(model):
@@ -213,8 +219,11 @@ def main():
         run.show(save_grid, f"{cfg.out}/world.png", [shown], ["held-out drawings"])
         return {"zero_shot": accuracy}
 
-    captions = [r["caption"] for r in rows]
-    stopped = train_clip(state, images, captions, cfg, run, runtime, judge)
+    def batch(step):
+        chosen = np.random.default_rng((cfg.seed, 1, step)).choice(len(images), cfg.batch_size)
+        return images[chosen], index[chosen]
+
+    stopped = train_clip(state, batch, texts.tolist(), cfg, run, runtime, judge)
     if not stopped:
         with atomic_write(f"{cfg.out}/clip.pt") as f:
             torch.save(state.model.state_dict(), f)

@@ -1,7 +1,6 @@
 """Training a small CLIP of OpenAI's form on images and captions, for whoever has none."""
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -11,11 +10,12 @@ from common.openai_clip import Clip, clip_package
 from common.optim import optimizer_step, set_learning_rate
 
 
-def make_clip_state(cfg, size, runtime):
-    """A CLIP with a ModifiedResNet of four stages of one block for images of `size`, and AdamW."""
+def make_clip_state(cfg, size, runtime, blocks=(1, 1, 1, 1)):
+    """A CLIP with a ModifiedResNet of four stages, of so many blocks, for images of `size`; AdamW.
+    """
     torch.manual_seed(cfg.seed)
     model = clip_package()[0].CLIP(
-        cfg.embed_dim, size, (1, 1, 1, 1), cfg.vision_width, None, cfg.context, 49408,
+        cfg.embed_dim, size, blocks, cfg.vision_width, None, cfg.context, 49408,
         cfg.text_width, cfg.text_width // 64, cfg.text_layers).to(runtime.device)
     adam = torch.optim.AdamW(model.parameters(), 0.0, (0.9, 0.98), weight_decay=0.05,
                              fused=runtime.fused)
@@ -30,21 +30,20 @@ def contrastive_loss(model, image, text, same):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def train_clip(state, images, captions, cfg, run, runtime, judge):
-    """Train on images, uint8 (N, S, S, 3), and a caption each. judge(model) gives the metrics after
-    the last step. Returns whether the run was stopped."""
+def train_clip(state, batch, texts, cfg, run, runtime, judge):
+    """Train on batch(step) -> (images uint8 (B, S, S, 3), indices (B,) of their captions in
+    `texts`). judge(model) gives the metrics after the last step. Returns whether it was stopped."""
     clip = Clip(state.model, "being trained", runtime.device)
-    texts, index = np.unique(captions, return_inverse=True)
-    texts = clip.tokenize(texts.tolist())[0]                        # (distinct captions, context)
+    tokens = clip.tokenize(texts)[0]                                # (distinct captions, context)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
     for step in range(run.step, cfg.max_steps):
-        rows = np.random.default_rng((cfg.seed, 1, step)).choice(len(images), cfg.batch_size)
-        pixels = resize(to_tensor(images[rows]).to(runtime.device), clip.size)   # (B, 3, C, C)
-        same = torch.as_tensor(index[rows][:, None] == index[rows][None])
+        images, index = batch(step)
+        pixels = resize(to_tensor(images).to(runtime.device), clip.size)         # (B, 3, C, C)
+        same = torch.as_tensor(index[:, None] == index[None])                    # (B, B)
         lr = set_learning_rate([state.adam], step, cfg)
         with runtime.autocast():
             image = state.model.encode_image(clip.normalize(pixels))             # (B, D)
-            text = state.model.encode_text(texts[index[rows]].to(runtime.device))
+            text = state.model.encode_text(tokens[index].to(runtime.device))
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         loss = contrastive_loss(state.model, image, text, same.float().to(runtime.device))
         state.adam.zero_grad()

@@ -17,6 +17,7 @@ from common.openai_clip import load_clip
 from common.options import fail
 
 SPLITS = ("train", "val")
+PROVENANCE = ("vqgan", "vqgan_sha256", "clip", "clip_sha256", "image_mean", "text_mean")
 
 
 def token_dtype(codebook_size):
@@ -25,7 +26,7 @@ def token_dtype(codebook_size):
 
 def write_meta(folder, meta, row_counts, grid, codebook_size, dim):
     """Write meta.json beside the four .bin files, as the sign that they are whole: `meta` says what
-    made the rows and has image_mean, text_mean, vqgan, vqgan_sha256, clip, clip_sha256."""
+    made the rows, at least PROVENANCE."""
     names = [f"{split}_{kind}.bin" for split in SPLITS for kind in ("tokens", "clip")]
     meta = {**meta, "train_rows": row_counts["train"], "val_rows": row_counts["val"],
             "tokens": grid ** 2, "grid": grid, "codebook_size": codebook_size,
@@ -46,6 +47,9 @@ def open_dump(folder):
         meta = json.loads(path.read_text())
         if meta.pop("digest") != hash_state(meta):
             fail(f"{path} is not what prepare.py wrote; prepare again into another folder")
+        missing = [name for name in PROVENANCE if name not in meta]
+        if missing:
+            raise KeyError(", ".join(missing))
         arrays = {split: tuple(open_rows(folder, split, kind, meta) for kind in ("tokens", "clip"))
                   for split in SPLITS}
         tokens = arrays["train"][0]
@@ -69,7 +73,12 @@ def open_rows(folder, split, kind, meta):
              f"another folder")
     if not rows:
         return np.zeros((0, width), dtype)
-    return np.memmap(file, dtype, "r", shape=(rows, width))
+    try:
+        return np.memmap(file, dtype, "r", shape=(rows, width))
+    except OSError as e:
+        print(f"warning: {file} can't be memory-mapped ({e.strerror}), so it is read as a whole",
+              flush=True)
+        return np.fromfile(file, dtype).reshape(rows, width)
 
 
 def sample_rows(path, rows, dim, count=10000):

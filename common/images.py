@@ -1,7 +1,10 @@
 """One image in, of whatever mode, as 8-bit RGB; crops; and labelled grids of images out."""
 import contextlib
+import functools
 import io
 import math
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +19,54 @@ MIN_TILE, MAX_COLUMNS, MAX_WIDTH = 96, 16, 1800   # of a grid out
 
 def open_image(path):
     """An image of any mode as 8-bit RGB, turned as its EXIF says, sRGB, transparency over white.
-    Raises OSError or ValueError."""
+    `path` is a regular file or a BytesIO. Raises OSError or ValueError."""
     try:
-        with Image.open(path) as im:
-            if im.width * im.height > MAX_PIXELS:
-                raise ValueError(f"{im.width} x {im.height} pixels are too many")
-            if max(im.size) > 100 * min(im.size):
-                raise ValueError(f"{im.width} x {im.height} pixels are too thin")
-            orientation = read_orientation(im)
-            profile, transparency = im.info.get("icc_profile"), "transparency" in im.info
-            if im.mode in ("I", "F") or im.mode.startswith("I;16"):
-                im = to_8_bit(im)
-            if im.mode in ("LA", "PA", "La", "RGBa") or transparency:
-                im = im.convert("RGBA")
-            im = convert_profile(im, profile)
-            if im.mode == "RGBA":
-                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-            im = im.convert("RGB")
-            return im.transpose(orientation) if orientation is not None else im
+        if not isinstance(path, io.BytesIO) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a plain file")  # a named pipe would be waited for
+        try:
+            return decode(path)
+        except ValueError as e:
+            if "MAX_TEXT" not in str(e):
+                raise
+            data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
+            return decode(io.BytesIO(drop_png_texts(data)))
     except (OSError, ValueError):
         raise
     except Exception as e:  # Pillow's readers raise many kinds on damaged files
         raise ValueError(f"{type(e).__name__}: {e}") from e
+
+
+def decode(file):
+    """open_image, of what Pillow reads without further ado."""
+    with Image.open(file) as im:
+        if im.width * im.height > MAX_PIXELS:
+            raise ValueError(f"{im.width} x {im.height} pixels are too many")
+        if max(im.size) > 100 * min(im.size):
+            raise ValueError(f"{im.width} x {im.height} pixels are too thin")
+        orientation = read_orientation(im)
+        profile, transparency = im.info.get("icc_profile"), "transparency" in im.info
+        if im.mode in ("I", "F") or im.mode.startswith("I;16") or is_signed(im):
+            im = to_8_bit(im)
+        if im.mode in ("LA", "PA", "La", "RGBa") or transparency:
+            im = im.convert("RGBA")
+        elif im.mode == "P":
+            im = im.convert("RGB")
+        im = convert_profile(im, profile)
+        if im.mode == "RGBA":
+            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+        im = im.convert("RGB")
+        return im.transpose(orientation) if orientation is not None else im
+
+
+def drop_png_texts(data):
+    """A PNG file's bytes without its text chunks, which Pillow refuses if they are long."""
+    out, start = [data[:8]], 8
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start:start + 4], "big")
+        if data[start + 4:start + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+            out.append(data[start:end])
+        start = end
+    return b"".join(out)
 
 
 def read_orientation(im):
@@ -50,34 +79,59 @@ def read_orientation(im):
     return None
 
 
+def is_signed(im):
+    """Whether a TIFF says that its numbers have a sign, which Pillow's mode does not tell."""
+    return getattr(im, "tag_v2", {}).get(339) == (2,)
+
+
 def to_8_bit(im):
-    """Integer and floating-point images -> 8-bit grey, scaled by the range that mode or values
-    tell: 1, 255, 65,535, or the values' own."""
-    x = np.asarray(im).astype(np.float64)
+    """Integer and floating-point images -> 8-bit grey, scaled by the range that the file or the
+    values tell: 1, 255, 32,767, 65,535, or the values' own."""
+    x, (bits, *_) = np.asarray(im), getattr(im, "tag_v2", {}).get(258, (0,))
+    if im.mode == "L":                             # signed bytes
+        x = x.view(np.int8)
+    elif im.mode == "I" and bits == 32 and not is_signed(im):
+        x = x.view(np.uint32)                      # which Pillow takes as signed
+    x = x.astype(np.float64)
     if not np.isfinite(x).all():
         raise ValueError("pixels that are not finite")
     low, high = float(x.min()), float(x.max())
-    if low < 0:                                    # signed: by its own range
+    if low < 0:
         x, top = x - low, high - low
-    elif im.mode.startswith("I;16"):
+    elif im.mode == "F" and high <= 16:            # 0 to 1 and a little above, or brighter than 1
+        top = 1.0 if high <= 2 else high
+    elif is_signed(im) and bits < 32:
+        top = 127.0 if bits == 8 else 32767.0
+    elif im.mode.startswith("I;16") or im.format == "PPM":
         top = 65535.0
-    elif im.mode == "F" and high <= 1:
-        top = 1.0
     else:
-        top = 255.0 if high <= 255 and im.mode == "F" else 65535.0 if high <= 65535 else high
-    scaled = x * (255 / (top or 1)) if top != 65535.0 else x.astype(np.float32) / 257
-    return Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+        top = next((t for t in (255.0, 65535.0) if high <= t), high)
+    return Image.fromarray((x * (255 / (top or 1))).round().clip(0, 255).astype(np.uint8))
+
+
+@functools.lru_cache(16)
+def profile_transform(profile, mode):
+    """The transform from an ICC profile (bytes) to sRGB, or None where that changes nothing."""
+    transform = ImageCms.buildTransform(
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode,
+        "RGBA" if mode == "RGBA" else "RGB")
+    if mode != "CMYK":  # whatever its name is: by what it does to 216 colours
+        steps = np.arange(0, 256, 51, dtype=np.uint8)
+        colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(12, 18, 3)
+        probe = Image.fromarray(colours).convert(mode)
+        before, after = (np.asarray(x.convert("RGB")).astype(int)
+                         for x in (probe, ImageCms.applyTransform(probe, transform)))
+        if np.abs(after - before).max() <= 2:
+            return None
+    return transform
 
 
 def convert_profile(im, profile):
     """Colours of an embedded ICC profile other than sRGB -> sRGB; as they are if that fails."""
     with contextlib.suppress(Exception):
         if profile and im.mode in ("RGB", "RGBA", "L", "CMYK"):
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(source):
-                mode = "RGBA" if im.mode == "RGBA" else "RGB"
-                return ImageCms.profileToProfile(im, source, ImageCms.createProfile("sRGB"),
-                                                 outputMode=mode)
+            transform = profile_transform(profile, im.mode)
+            return ImageCms.applyTransform(im, transform) if transform else im
     return im
 
 

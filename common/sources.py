@@ -37,9 +37,11 @@ class ImageSource:
         if self.data.is_dir():
             shards = self.walk(stamps)
         else:
-            shards = [self.data] if self.data.is_file() else sorted(map(Path, glob.glob(str(data))))
+            found = [self.data] if self.data.is_file() else sorted(map(Path, glob.glob(str(data))))
+            shards = [shard for shard in found if self.look_at(shard, shard.name)]
             if not shards:
-                fail(f"there is no folder or .tar {data}; --data takes a folder of images, or tars")
+                fail(f"there is no folder or .tar {data}; --data takes a folder of images, or tars"
+                     f"{self.passed_over()}")
         if shards and shards[0].suffix.lower() in self.suffixes and not self.data.is_dir():
             fail(f"{shards[0]} is a single image; --data takes the folder that it lies in")
         root = os.path.commonpath([s.parent for s in shards]) if shards else ""
@@ -53,7 +55,7 @@ class ImageSource:
         self.sha256 = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
         if not self.names:
             fail(f"no images in {data} (looked for {' '.join(sorted(SUFFIXES))} and .tar)"
-                 f"{'; ' + self.account() if self.account() else ''}")
+                 f"{self.passed_over()}")
 
     def walk(self, stamps):
         """Find the images below the folder, following links but entering each folder once. Fills
@@ -82,7 +84,7 @@ class ImageSource:
                     elif info:
                         stamps[name] = f"{info.st_size} {int(info.st_mtime)}"
                 else:
-                    self.ignored[suffix or "file without suffix"] += 1
+                    self.ignored[kind_by_suffix(path)] += 1
         return sorted(shards)
 
     def look_at(self, path, name):
@@ -109,10 +111,10 @@ class ImageSource:
                     elif suffix in self.suffixes and m.isreg() and not m.issparse():
                         self.tar_index[name] = str(shard), m.offset_data, m.size
                         stamps[name] = f"{m.size} {int(m.mtime)}"
-                    elif suffix in self.suffixes and not m.isdir():
-                        self.skipped.append((name, "not a plain file"))
-                    elif m.isreg():
-                        self.ignored[suffix or "file without suffix"] += 1
+                    elif suffix in self.suffixes:
+                        self.skipped.append((name, "a folder" if m.isdir() else "not a plain file"))
+                    elif not m.isdir():
+                        self.ignored[kind_by_suffix(Path(m.name))] += 1
         except (tarfile.TarError, OSError, ValueError) as e:
             with open(shard, "rb") as f:
                 compressed = f.read(6)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5", b"PK")
@@ -120,16 +122,21 @@ class ImageSource:
             fail(f"{shard} is no tar that can be read ({hint})")
 
     def account(self):
-        """What was not taken for an image, in one line; empty if there is nothing to say."""
+        """Every file met, in one line: images, what was ignored by kind, what was skipped and why.
+        """
+        return f"{len(self.names):,} images in {self.data}{self.passed_over()}"
+
+    def passed_over(self):
+        """What was not taken for an image, as the end of a sentence; empty if there is nothing."""
         words = [f"{n:,} {kind}" for kind, n in self.ignored.most_common()]
         if HEIC & set(self.ignored):
             words.append("HEIC can be read once pillow-heif is installed")
-        if ARCHIVES & set(self.ignored):
+        if any(f".{kind.split('.')[-1]}" in ARCHIVES for kind in self.ignored):
             words.append("archives other than .tar must be unpacked first")
-        parts = [f"ignored {', '.join(words)}"] if words else []
+        text = f"; ignored {', '.join(words)}" if words else ""
         if self.skipped:
-            parts.append(f"skipped {len(self.skipped)}: {count_reasons(self.skipped)}")
-        return "; ".join(parts)
+            text += f"; skipped {len(self.skipped)}: {count_reasons(self.skipped)}"
+        return " ".join(text.split())
 
     def open(self, name, size=0):
         """An image as RGB, whose short side is at least a quarter of `size`. Raises OSError or
@@ -157,6 +164,12 @@ def register_heic():
         pillow_heif.register_heif_opener()
         return True
     return False
+
+
+def kind_by_suffix(path):
+    """What a file is counted as that is no image: .txt, .tar.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join(suffixes if suffixes[:1] == [".tar"] else suffixes[-1:]) or "file without suffix"
 
 
 def kind_of(reason):

@@ -1,0 +1,1 @@
+"""How well (evaluate), why (ablate), how fast (bench). May be deleted: no stage needs it."""

@@ -1,0 +1,139 @@
+"""A CLIP for whoever has none: trains a small one, of OpenAI's form, on captioned images.
+
+    python -m lab.small_clip --data=images --captions=captions.tsv --out=out/small_clip
+captions.tsv has a header line and the columns path and caption, divided by a tab; an image may have
+several lines. Like OpenAI's, this CLIP reads captions; VQGAN and GPT never do. Every stage takes
+the result by --clip=out/small_clip/clip.pt."""
+import csv
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.clip_training import make_clip_state, train_clip
+from common.files import atomic_write
+from common.images import crop, random_crop, to_tensor
+from common.openai_clip import Clip
+from common.options import check_range, fail, parse_options
+from common.process import run_main
+from common.runs import Run
+from common.runtime import Runtime, format_size
+from common.sources import ImageSource, split_names
+
+
+@dataclass
+class Config:
+    data: str = "data/cifar10-50k.tar"          # a folder or tar of images
+    captions: str = "data/cifar10-captions.tsv" # path and caption, several lines an image allowed
+    out: str = "out/small_clip"                 # clip.pt, and the run that made it
+    fresh: bool = False                         # replace the run that is in --out
+    seed: int = 0                               # of the weights and of every batch
+    val_percent: float = 2.0                    # of the images that accuracy is measured on
+    # network
+    image_size: int = 32                        # pixels a side, a multiple of 32
+    blocks: tuple = (1, 1, 1, 1)                # of the ModifiedResNet's four stages
+    vision_width: int = 32                      # of the ModifiedResNet, a multiple of 2
+    text_width: int = 64                        # of the text transformer, a multiple of 64
+    text_layers: int = 2                        # its depth
+    context: int = 24                           # tokens of text it reads
+    embed_dim: int = 128                        # length of an embedding
+    # training
+    min_zoom: float = 0.7                       # random crops show this share of the side, or more
+    max_steps: int = 900                        # training steps
+    batch_size: int = 128                       # pairs a step
+    learning_rate: float = 2e-3                 # peak, AdamW
+    warmup: int = 50                            # steps of linear warm-up
+    save_every: int = 300                       # steps between checkpoints
+    device: str = "auto"                        # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"                         # of autocast: auto, float32, bfloat16, float16
+
+
+def read_captions(path, names):
+    """captions.tsv -> (distinct captions, {name: indices of its captions}) of the images `names`.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            rows = [(r["path"], r["caption"]) for r in csv.DictReader(f, delimiter="\t")]
+    except (OSError, KeyError, UnicodeError, csv.Error) as e:
+        fail(f"{path} can't be read as captions: columns path and caption, a tab between ({e})")
+    wanted = set(names)
+    rows = [(name, " ".join(caption.split())) for name, caption in rows
+            if name in wanted and caption and caption.strip()]
+    if not rows:
+        fail(f"no image of --data has a caption in {path}; its paths are like {names[0]}")
+    texts = sorted({caption for _, caption in rows})
+    number, captions = {text: i for i, text in enumerate(texts)}, defaultdict(list)
+    for name, caption in rows:
+        captions[name].append(number[caption])
+    return texts, captions
+
+
+@torch.no_grad()
+def zero_shot(clip, texts, source, names, captions):
+    """Share of images whose nearest caption, among all, is one of their own."""
+    embeds = clip.encode_text(texts)                                         # (texts, D)
+    hits = []
+    for name in names:
+        pixels = to_tensor(crop(source.open(name), clip.size))[None].to(clip.device)
+        hits.append((clip.encode_image(pixels) @ embeds.T).argmax().item() in captions[name])
+    return float(np.mean(hits)) if hits else float("nan")
+
+
+def check(cfg):
+    """Refuse options that make no sense."""
+    check_range(cfg, 1, 2 ** 62, "vision_width", "text_width", "text_layers", "embed_dim",
+                "max_steps", "save_every")
+    check_range(cfg, 2, 2 ** 62, "batch_size")
+    check_range(cfg, 3, 2 ** 62, "context")
+    check_range(cfg, 0.1, 1, "min_zoom")
+    if cfg.image_size % 32 or not cfg.image_size or cfg.text_width % 64 or cfg.vision_width % 2:
+        fail("--image_size must be a multiple of 32, --text_width of 64, --vision_width of 2")
+
+
+def main():
+    cfg = parse_options(Config)
+    check(cfg)
+    runtime = Runtime(cfg.device, cfg.dtype)
+    source = ImageSource(cfg.data)
+    runtime.print0(source.account())
+    texts, captions = read_captions(cfg.captions, source.names)
+    train_names, val_names = ([n for n in names if n in captions]
+                              for names in split_names(source, cfg.val_percent))
+    run = Run("toy", cfg, runtime, {"images": source.sha256}, about={}, code=__file__)
+    if run.finished:
+        return 0
+    state = make_clip_state(cfg, cfg.image_size, runtime, cfg.blocks)
+    if run.resume:
+        state.load(run.resume, run.path)
+    runtime.print0(f"small CLIP: {format_size(state.model)}, {len(texts)} captions of "
+                   f"{len(train_names)} images, {len(val_names)} held out; {cfg.max_steps} steps "
+                   f"of {cfg.batch_size} on {runtime}; writes {cfg.out}/clip.pt")
+    run.catch_signals()
+
+    def batch(step):
+        rng = np.random.default_rng((cfg.seed, 1, step))
+        images, index = [], []
+        for i in rng.integers(len(train_names), size=cfg.batch_size):
+            name = train_names[i]
+            images.append(random_crop(source.open(name), cfg.image_size, rng.random(4),
+                                      cfg.min_zoom, flip=True))
+            index.append(rng.choice(captions[name]))
+        return np.stack(images), np.array(index)
+
+    def judge(model):
+        clip = Clip(model.eval(), "small", runtime.device)
+        accuracy = zero_shot(clip, texts, source, val_names[:1000], captions)
+        runtime.print0(f"names {accuracy:.1%} of {len(val_names[:1000])} held-out images: of all "
+                       f"captions the nearest is one of theirs")
+        return {"zero_shot": accuracy}
+
+    if not train_clip(state, batch, texts, cfg, run, runtime, judge):
+        with atomic_write(Path(cfg.out, "clip.pt")) as f:
+            torch.save(state.model.state_dict(), f)
+    return run.finish(f"and {cfg.out}/clip.pt")
+
+
+if __name__ == "__main__":
+    run_main(main)
