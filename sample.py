@@ -135,9 +135,10 @@ def load(cfg, runtime):
     path = cfg.gpt or newest("gpt")
     gpt, meta = load_gpt(path, runtime.device)
     folder = Path(path).parent
-    vqgan_path, clip_name = cfg.vqgan or meta.get("vqgan"), cfg.clip or meta["clip"]
-    if not vqgan_path:
-        fail(f"{path} does not say which VQGAN it goes with; name it with --vqgan=FILE")
+    vqgan_path, clip_name = cfg.vqgan or meta.get("vqgan"), cfg.clip or meta.get("clip")
+    if not vqgan_path or not clip_name:
+        kind = "clip" if vqgan_path else "vqgan"
+        fail(f"{path} does not say which {kind.upper()} it goes with; name it with --{kind}=FILE")
     vqgan = load_named(lambda p: load_vqgan(p, runtime.device), folder, vqgan_path,
                        meta.get("vqgan_sha256"), path, "--vqgan")
     clip = load_named(lambda p: load_clip(p, runtime.device, cfg.trust_jit), folder, clip_name,
