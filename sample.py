@@ -78,6 +78,8 @@ def conditions_and_uniforms(gpt, embedding, modality, seed, key, count, variety)
         normal = np.stack([r.standard_normal(len(gpt.spread), np.float32) for r in rngs])
         normal = torch.from_numpy(normal).to(gpt.spread.device)                  # (count, D)
         noise = variety * torch.stack([e @ gpt.spread for e in normal])
+    if not embedding.isfinite().all():
+        fail("CLIP's embedding is not finite; is its file intact?")
     cond = gpt.condition(embedding.expand(count, -1), modality, noise)
     return cond, torch.from_numpy(uniform)
 
@@ -158,20 +160,14 @@ def embed_text(prompt, clip, runtime):
     if clip.tokenize([prompt])[1]:
         runtime.print0(f"warning: this CLIP reads {clip.context} tokens, the rest of "
                        f"'{prompt[:60]}' is cut off")
-    return check_embedding(embedding, clip)
+    return embedding
 
 
 @torch.no_grad()
 def embed_image(image, clip, runtime):
     """A Pillow image -> its embedding (1, D)."""
     pixels = to_tensor(crop(image, clip.size))[None].to(runtime.device)          # (1, 3, C, C)
-    return check_embedding(clip.encode_image(pixels), clip)
-
-
-def check_embedding(embedding, clip):
-    if not embedding.isfinite().all():
-        fail(f"the embedding by {clip.name} is not finite; is that file intact?")
-    return embedding
+    return clip.encode_image(pixels)
 
 
 def check(cfg):

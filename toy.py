@@ -206,14 +206,14 @@ def main():
     if run.resume:
         state.load(run.resume, run.path)
     images, rows = read_world(cfg.data, "train", "unseen")
+    heldout, heldout_rows = read_world(cfg.data, "heldout")
     texts, index = np.unique([r["caption"] for r in rows], return_inverse=True)
     runtime.print0(f"{format_size(state.model)}, {len(texts)} different captions")
     run.catch_signals()
 
     def judge(model):
-        heldout, rows = read_world(cfg.data, "heldout")
-        accuracy = zero_shot(Clip(model.eval(), "toy", runtime.device), heldout, rows)
-        runtime.print0(f"toy CLIP names colour and object of {accuracy:.1%} of {len(rows)} "
+        accuracy = zero_shot(Clip(model.eval(), "toy", runtime.device), heldout, heldout_rows)
+        runtime.print0(f"toy CLIP names colour and object of {accuracy:.1%} of {len(heldout)} "
                        f"held-out drawings")
         shown = [Image.fromarray(p) for p in heldout[:96]]
         run.show(save_grid, f"{cfg.out}/world.png", [shown], ["held-out drawings"])

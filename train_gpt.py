@@ -17,17 +17,17 @@ import numpy as np
 import torch
 
 from common.batches import Prefetcher, prefetch_rows, release_pages
-from common.checkpoints import TrainState, load_gpt, load_named, load_vqgan, path_from
+from common.checkpoints import TrainState, load_gpt, load_named, load_vqgan, path_from, start_config
 from common.clip_loss import make_clip_loss
 from common.dumps import open_dump
 from common.files import file_sha256
 from common.optim import Muon, optimizer_step, set_learning_rate, update_ema
-from common.options import check_range, fail, format_command, parse_options, shared_fields
+from common.options import check_range, fail, format_command, parse_options
 from common.previews import save_samples
 from common.process import run_main
 from common.prompts import example_prompt
 from common.runs import Run, is_eval_step
-from common.runtime import Runtime, format_size
+from common.runtime import Runtime, check_batch_size, format_size
 from model import GPT, GPTConfig
 
 
@@ -214,14 +214,6 @@ def validation_loss(model, tokens, clip_embeds, runtime, batch_size=128):
     return total / len(tokens)
 
 
-def make_config(cfg, meta):
-    """The network's shape by the options and the dump, or that of the checkpoint to start from."""
-    if cfg.init_from:
-        return load_gpt(cfg.init_from, "cpu")[0].cfg
-    return shared_fields(GPTConfig, cfg, codebook_size=meta["codebook_size"], grid=meta["grid"],
-                         cond_dim=meta["clip_dim"])
-
-
 def compile_loss(state, batch, cfg, runtime):
     """GPT.loss as it trains: compiled, if that is wanted and works."""
     is_long = runtime.device.type == "cuda" and cfg.max_steps >= 2000  # worth compiling
@@ -245,13 +237,13 @@ def main():
     cfg = parse_options(Config, PRESETS)
     check(cfg)
     runtime = Runtime(cfg.device, cfg.dtype, shares_work=True)
-    if cfg.batch_size % (runtime.world * cfg.grad_accum_steps):
-        fail(f"--batch_size={cfg.batch_size} does not divide by {runtime.world} processes x "
-             f"--grad_accum_steps={cfg.grad_accum_steps}")
+    check_batch_size(cfg, runtime)
     meta, rows = open_dump(cfg.data)
     vqgan = load_named(lambda path: load_vqgan(path, runtime.device), cfg.data,
                        cfg.vqgan or meta["vqgan"], meta["vqgan_sha256"], cfg.data)
-    gpt_config = make_config(cfg, meta)
+    gpt_config = start_config(lambda path, device: load_gpt(path, device)[0], GPTConfig, cfg,
+                              codebook_size=meta["codebook_size"], grid=meta["grid"],
+                              cond_dim=meta["clip_dim"])
     about = {"network": asdict(gpt_config), "vqgan": path_from(cfg.out, vqgan.path),
              "vqgan_sha256": vqgan.sha256, "clip": path_from(cfg.out, meta["clip"], cfg.data),
              "clip_sha256": meta["clip_sha256"]}

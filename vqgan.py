@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from common.batches import ImageBatches, image_batches, to_pixels
-from common.checkpoints import TrainState, load_vqgan
+from common.checkpoints import TrainState, load_vqgan, start_config
 from common.images import resize
 from common.optim import Muon, optimizer_step, set_learning_rate, update_ema
-from common.options import check_range, fail, format_command, parse_options, shared_fields
+from common.options import check_range, fail, format_command, parse_options
 from common.perceptual import load_features, perceptual_distance, random_shift
 from common.previews import save_reconstructions
 from common.process import run_main
 from common.runs import Run, is_eval_step
-from common.runtime import Runtime, format_size
+from common.runtime import Runtime, check_batch_size, format_size
 from common.sources import ImageSource, split_names, validation_images
 from model import VQGAN, Discriminator, VQGANConfig, hinge_loss
 
@@ -280,13 +280,6 @@ def make_state(vqgan_config, cfg, runtime):
                       last_layer_grads=runtime.zeros(2, *model.decoder.conv_out.weight.shape))
 
 
-def make_config(cfg):
-    """The network's shape by the options, or that of the checkpoint to start from."""
-    if cfg.init_from:
-        return load_vqgan(cfg.init_from, "cpu").cfg
-    return shared_fields(VQGANConfig, cfg)
-
-
 def check(cfg):
     """Refuse options that make no sense, by themselves or together."""
     check_range(cfg, 1, 2 ** 62, "image_size", "patch", "ch", "num_res_blocks", "groups",
@@ -306,15 +299,6 @@ def check(cfg):
              f"raise --disc_start")
 
 
-def check_fit(cfg, vqgan_config, runtime):
-    if cfg.image_size % vqgan_config.factor:
-        fail(f"--image_size={cfg.image_size} does not divide by {vqgan_config.factor}, the factor "
-             f"of --patch and --ch_mult")
-    if cfg.batch_size % (runtime.world * cfg.grad_accum_steps):
-        fail(f"--batch_size={cfg.batch_size} does not divide by {runtime.world} processes x "
-             f"--grad_accum_steps={cfg.grad_accum_steps}")
-
-
 def compile_network(state, cfg, runtime):
     """The network as it trains: compiled, if that is wanted and works."""
     torch._functorch.config.donated_buffer = False  # backward runs twice on this graph
@@ -328,8 +312,11 @@ def main():
     cfg = parse_options(Config, PRESETS)
     check(cfg)
     runtime = Runtime(cfg.device, cfg.dtype, shares_work=True)
-    vqgan_config = make_config(cfg)
-    check_fit(cfg, vqgan_config, runtime)
+    check_batch_size(cfg, runtime)
+    vqgan_config = start_config(load_vqgan, VQGANConfig, cfg)
+    if cfg.image_size % vqgan_config.factor:
+        fail(f"--image_size={cfg.image_size} does not divide by {vqgan_config.factor}, the factor "
+             f"of --patch and --ch_mult")
     source = ImageSource(cfg.data)
     runtime.print0(source.account())
     train_names, val_names = split_names(source, cfg.val_percent)

@@ -1,5 +1,6 @@
 """A checkpoint file -> a network, and what it is; a training's state. No code in a file is run."""
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 
@@ -60,12 +61,16 @@ def read_mapped(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def read_config(Config, checkpoint):
+    """The shape of the network in a checkpoint. Fields that it does not have take their default,
+    if they have one; else TypeError."""
+    return Config(**{OLD_NAMES.get(k, k): v for k, v in checkpoint["network"].items()})
+
+
 def build(Network, Config, checkpoint, path):
-    """The network that a checkpoint describes, with its averaged weights, frozen. Fields that the
-    checkpoint does not have take their default, if they have one."""
-    network = {OLD_NAMES.get(k, k): v for k, v in checkpoint["network"].items()}
+    """The network that a checkpoint describes, with its averaged weights, frozen."""
     try:
-        model = Network(Config(**network))
+        model = Network(read_config(Config, checkpoint))
         model.load_state_dict(checkpoint["ema"])
     except (RuntimeError, TypeError, AssertionError) as e:
         fail(f"the weights in {path} do not fit the network it describes, or model.py has been "
@@ -73,6 +78,15 @@ def build(Network, Config, checkpoint, path):
     if not all(p.isfinite().all() for p in model.parameters()):
         fail(f"the weights in {path} are not all finite; train again")
     return model.requires_grad_(False).eval()
+
+
+def start_config(load, Config, cfg, **known):
+    """The shape of a network to train: by the options of the same names and what else is `known`,
+    or that of the checkpoint --init_from."""
+    if cfg.init_from:
+        return load(cfg.init_from, "cpu").cfg
+    names = [f.name for f in dataclasses.fields(Config) if hasattr(cfg, f.name)]
+    return Config(**{name: getattr(cfg, name) for name in names}, **known)
 
 
 def load_vqgan(path, device):

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import stat
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,8 @@ def open_image(path):
     try:
         if not isinstance(path, io.BytesIO) and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("not a plain file")  # a named pipe would be waited for
-        try:
+        with warnings.catch_warnings(action="ignore"):  # of damage that costs no pixels
             return decode(path)
-        except ValueError as e:
-            if "MAX_TEXT" not in str(e):
-                raise
-            data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
-            return decode(io.BytesIO(drop_png_texts(data)))
     except (OSError, ValueError):
         raise
     except Exception as e:  # Pillow's readers raise many kinds on damaged files
@@ -37,7 +33,17 @@ def open_image(path):
 
 
 def decode(file):
-    """open_image, of what Pillow reads without further ado."""
+    """open_image of a file, whose PNG texts are left out if Pillow finds them too long."""
+    try:
+        return decode_all(file)
+    except ValueError as e:
+        if "MAX_TEXT" not in str(e):
+            raise
+        data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+        return decode_all(io.BytesIO(drop_png_texts(data)))
+
+
+def decode_all(file):
     with Image.open(file) as im:
         if im.width * im.height > MAX_PIXELS:
             raise ValueError(f"{im.width} x {im.height} pixels are too many")

@@ -147,9 +147,3 @@ def check_range(cfg, low, high, *names):
             whole = "a whole number" if isinstance(value, int) else "a number"
             limits = f"of {low} or more" if high >= 2 ** 60 else f"from {low:g} to {high:g}"
             fail(f"--{name}={format_value(value)} makes no sense: it takes {whole} {limits}")
-
-
-def shared_fields(NetworkConfig, cfg, **known):
-    """A network's config from the options of the same names, and what else is known."""
-    names = [f.name for f in dataclasses.fields(NetworkConfig) if hasattr(cfg, f.name)]
-    return NetworkConfig(**{name: getattr(cfg, name) for name in names}, **known)

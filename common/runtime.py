@@ -197,3 +197,10 @@ def keep_freed_memory():
 
 def format_size(model):
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+
+
+def check_batch_size(cfg, runtime):
+    """Refuse a batch that does not divide over processes and accumulation steps."""
+    if cfg.batch_size % (runtime.world * cfg.grad_accum_steps):
+        fail(f"--batch_size={cfg.batch_size} does not divide by {runtime.world} processes x "
+             f"--grad_accum_steps={cfg.grad_accum_steps}")

@@ -75,7 +75,7 @@ class ImageSource:
             for file in files + [f for f in folders if Path(f).suffix.lower() in self.suffixes]:
                 path = Path(root, file)
                 name, suffix = path.relative_to(self.data).as_posix(), path.suffix.lower()
-                if file.startswith("._") or "__MACOSX" in path.parts:
+                if is_companion(path.relative_to(self.data)):
                     self.ignored["companion of macOS"] += 1
                 elif suffix in self.suffixes | {".tar"}:
                     info = self.look_at(path, name)
@@ -106,7 +106,7 @@ class ImageSource:
             with tarfile.open(shard, "r:") as tar:
                 for m in tar:
                     name, suffix = prefix + m.name.removeprefix("./"), Path(m.name).suffix.lower()
-                    if Path(m.name).name.startswith("._") or "__MACOSX" in Path(m.name).parts:
+                    if not m.isdir() and is_companion(Path(m.name)):
                         self.ignored["companion of macOS"] += 1
                     elif suffix in self.suffixes and m.isreg() and not m.issparse():
                         self.tar_index[name] = str(shard), m.offset_data, m.size
@@ -164,6 +164,11 @@ def register_heic():
         pillow_heif.register_heif_opener()
         return True
     return False
+
+
+def is_companion(path):
+    """Whether macOS made this file beside another, for what is known of that one."""
+    return path.name.startswith("._") or "__MACOSX" in path.parts
 
 
 def kind_by_suffix(path):
