@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import hash_state, is_torch_zip
+from common.files import atomic_write, hash_state, is_torch_zip
 from common.options import fail
 from model import GPT, VQGAN, GPTConfig, VQGANConfig
 
@@ -51,6 +51,11 @@ def load_checkpoint(path, stage):
         fail(f"{path} is damaged: its contents are not what was written; put an intact copy "
              f"there, or train again")
     return checkpoint
+
+
+def write_checkpoint(path, contents):
+    with atomic_write(path) as f:
+        torch.save(contents | {"digest": hash_state(contents)}, f)
 
 
 def read_mapped(path):

@@ -3,6 +3,7 @@ import http.client
 import importlib
 import importlib.util
 import os
+import pickle
 import sys
 import types
 import zipfile
@@ -83,8 +84,8 @@ def load_clip(name, device="cpu", trust_jit=False):
         check_form(weights, path)
         model = build_clip(weights)
     except Exception as e:  # damaged files raise many kinds
-        fail(f"{path} is not a CLIP that can be read without running code in it "
-             f"({' '.join(str(e).split())[:100]})")
+        how = " without running code in it" if isinstance(e, pickle.UnpicklingError) else ""
+        fail(f"{path} is not a CLIP that can be read{how} ({' '.join(str(e).split())[:100]})")
     if not all(w.isfinite().all() for w in model.state_dict().values() if w.is_floating_point()):
         fail(f"the weights in {path} are not all finite; put an intact copy there")
     return Clip(model.to(device), name, device, hash_state(model.state_dict()))
@@ -92,7 +93,9 @@ def load_clip(name, device="cpu", trust_jit=False):
 
 def read_weights(path, trust_jit):
     """The state dict in a file, wherever in it that lies."""
-    if path.suffix == ".safetensors":
+    with open(path, "rb") as f:
+        is_safetensors = f.read(9)[8:] == b"{"   # behind the length of its header
+    if is_safetensors:
         fail(f"{path} is in safetensors form: load it with the package safetensors and save the "
              f"dict of OpenAI's names with torch.save")
     if is_jit(path):
@@ -101,6 +104,9 @@ def read_weights(path, trust_jit):
                  f"code in it; if you trust whoever made it, add --trust_jit=True")
         return dict(torch.jit.load(path, map_location="cpu").state_dict())
     weights = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(weights, dict) or "stage" in weights:
+        raise ValueError("a checkpoint of this project" if isinstance(weights, dict) else
+                         "no state dict in it")
     for key in ("state_dict", "model_state_dict"):
         weights = weights.get(key, weights)
     return {k.removeprefix("module."): v for k, v in weights.items()}

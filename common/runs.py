@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import model
-from common.checkpoints import load_checkpoint
-from common.files import atomic_write, file_sha256, hash_state, lock_folder
+from common.checkpoints import load_checkpoint, write_checkpoint
+from common.files import file_sha256, hash_state, lock_folder
 from common.options import fail, format_value, same
 from common.process import note_saved, signals
 from common.progress import Log, Progress, StepTimer
@@ -240,11 +240,6 @@ class Run:
             write_checkpoint(self.final, contents)
             self.runtime.print0(f"wrote {self.final}{of_step} {more}")
         return 0
-
-
-def write_checkpoint(path, contents):
-    with atomic_write(path) as f:
-        torch.save(contents | {"digest": hash_state(contents)}, f)
 
 
 def is_eval_step(step, cfg):
