@@ -19,7 +19,7 @@ from PIL import Image
 
 from common.clip_training import make_clip_state, train_clip
 from common.drawings import draw
-from common.files import atomic_write, write_json
+from common.files import save_tensors, write_json
 from common.images import open_image, resize, save_grid, to_tensor
 from common.openai_clip import Clip
 from common.options import check_range, fail, format_command, parse_options
@@ -225,8 +225,7 @@ def main():
 
     stopped = train_clip(state, batch, texts.tolist(), cfg, run, runtime, judge)
     if not stopped:
-        with atomic_write(f"{cfg.out}/clip.pt") as f:
-            torch.save(state.model.state_dict(), f)
+        save_tensors(f"{cfg.out}/clip.pt", state.model.state_dict())
     following = format_command("vqgan.py", data=f"{cfg.data}/train", clip=f"{cfg.out}/clip.pt",
                                out=cfg.out)
     return run.finish(f"and {cfg.out}/clip.pt and {cfg.out}/world.png; next: {following}")

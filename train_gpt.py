@@ -52,6 +52,7 @@ class Config:
     # condition
     noise: float = 0.5               # length s of the noise in c = norm(c + s e/|e| + spread)
     spread: float = 0.75             # times what images of one meaning differ by: shaped noise
+    neighbours: float = 0.01         # share of rows that are of one meaning; chosen on the toy
     center: bool = True              # subtract the mean embedding, of images or of texts
     cond_drop_prob: float = 0.1      # share of rows that lose their condition, for guidance
     token_corruption: float = 0.1    # share of the input tokens that are another image's
@@ -159,7 +160,7 @@ def make_state(gpt_config, meta, clip_embeds, cfg, runtime, is_new):
     if cfg.center and not cfg.classic:
         model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
     if is_new and not cfg.classic:
-        model.spread.copy_(neighbour_spread(model, clip_embeds, cfg.seed))
+        model.spread.copy_(neighbour_spread(model, clip_embeds, cfg.seed, cfg.neighbours))
     params = list(model.parameters())
     muon_params = {p for p in model.blocks.parameters() if p.dim() == 2 and cfg.muon}
     embeddings = {model.tok_emb.weight, model.pos_emb} if cfg.classic else set()  # as released
@@ -228,7 +229,7 @@ def check(cfg):
     """Refuse options that make no sense, by themselves or together."""
     check_range(cfg, 1, 2 ** 62, "n_layer", "n_head", "n_embd", "n_prefix", "max_steps",
                 "batch_size", "grad_accum_steps", "eval_every", "eval_rows")
-    check_range(cfg, 0, 1, "dropout", "cond_drop_prob", "token_corruption", "ema")
+    check_range(cfg, 0, 1, "dropout", "neighbours", "cond_drop_prob", "token_corruption", "ema")
     if cfg.n_embd % cfg.n_head:
         fail(f"--n_embd={cfg.n_embd} does not divide by --n_head={cfg.n_head}")
 

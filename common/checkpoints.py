@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import atomic_write, hash_state, is_torch_zip
+from common.files import hash_state, is_torch_zip, save_tensors
 from common.options import fail
 from model import GPT, VQGAN, GPTConfig, VQGANConfig
 
@@ -54,8 +54,7 @@ def load_checkpoint(path, stage):
 
 
 def write_checkpoint(path, contents):
-    with atomic_write(path) as f:
-        torch.save(contents | {"digest": hash_state(contents)}, f)
+    save_tensors(path, contents | {"digest": hash_state(contents)})
 
 
 def read_mapped(path):
@@ -89,7 +88,12 @@ def start_config(load, Config, cfg, **known):
     """The shape of a network to train: by the options of the same names and what else is `known`,
     or that of the checkpoint --init_from."""
     if cfg.init_from:
-        return load(cfg.init_from, "cpu").cfg
+        config = load(cfg.init_from, "cpu").cfg
+        differ = [f"{k}={getattr(config, k)} for {v}" for k, v in known.items()
+                  if getattr(config, k) != v]
+        if differ:
+            fail(f"--init_from={cfg.init_from} does not fit this data: {', '.join(differ)}")
+        return config
     names = [f.name for f in dataclasses.fields(Config) if hasattr(cfg, f.name)]
     return Config(**{name: getattr(cfg, name) for name in names}, **known)
 
@@ -113,14 +117,23 @@ def path_from(folder, path, base=""):
     """A file's path, given as seen from the folder `base`, as seen from another folder, so that
     both can be moved together; a name that is no file stays as it is."""
     file = Path(base, path)
-    return os.path.relpath(file, folder) if file.is_file() else str(path)
+    if not file.is_file():
+        return str(path)
+    real = Path(os.path.realpath(file.parent), file.name)   # `..` of a linked folder is elsewhere
+    return os.path.relpath(real, os.path.realpath(folder))
+
+
+def tidy(path):
+    """A path without `..`, unless it leads through a linked folder, where that is another file."""
+    short = os.path.normpath(path)
+    return short if os.path.realpath(short) == os.path.realpath(path) else str(path)
 
 
 def load_named(load, folder, named, sha256, owner, option="--vqgan"):
     """load(file) of the network that `owner`, a file in `folder`, was made with: a file of that
     name beside it, else the one at the stored path, whichever has the right hash."""
     places = [Path(folder, Path(named).name), Path(folder, named), Path(named)]
-    found = [os.path.normpath(p) for p in places if p.is_file()]
+    found = [tidy(p) for p in places if p.is_file()]
     if not found and not Path(named).suffix:  # ViT-B/32 and so on
         found = [named]
     for place in dict.fromkeys(found):
@@ -129,7 +142,7 @@ def load_named(load, folder, named, sha256, owner, option="--vqgan"):
             return network
     state = "another one is" if found else "nothing is"
     fail(f"{owner} needs the {Path(named).name} that it was made with; {state} at {places[0]} or "
-         f"{os.path.normpath(places[1])}: put that one back, or name it with {option}=FILE")
+         f"{tidy(places[1])}: put that one back, or name it with {option}=FILE")
 
 
 def newest(stage):

@@ -50,6 +50,13 @@ def write_json(path, value):
         f.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def save_tensors(path, contents):
+    """torch.save, whole or not at all. The same contents are the same bytes: given a path, it would
+    write that into the file."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as f:
+        torch.save(contents, f)
+
+
 def remove_stale(folder):
     """Remove the temporary files of atomic_write whose process was killed."""
     for path in Path(folder).glob("*.clipgen-*"):

@@ -123,8 +123,9 @@ def check_form(weights, path):
     widths = [weights["ln_final.weight"].shape[0]]
     if "visual.proj" in weights:
         widths.append(weights["visual.proj"].shape[0])
-    if any(width % 64 for width in widths) or max(widths) > 1024:
-        fail(f"{path} has layers of width {max(widths)}, for which OpenAI's CLIPs have no number "
+    unknown = [width for width in widths if width % 64 or width > 1024]
+    if unknown:
+        fail(f"{path} has layers of width {max(unknown)}, for which OpenAI's CLIPs have no number "
              f"of heads: it is of another family (open_clip's ViT-H has heads of 80)")
 
 

@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import re
 import shlex
@@ -43,7 +44,7 @@ def parse_value(text, hint):
         value = hint(text)
     except ValueError:
         raise ValueError("a whole number" if hint is int else "a number") from None
-    if not 0 <= value < 2 ** 63:  # no option is negative; nan fails here too
+    if not 0 <= value < (2 ** 63 if hint is int else math.inf):  # nan fails here too
         raise ValueError("a whole number from 0 to 2^63 - 1" if hint is int else
                          "a number of 0 or more")
     return value
