@@ -67,7 +67,7 @@ def explain_runtime_error(message):
     if "DataLoader worker" in message or "shared memory" in message or "shm" in message:
         fail(f"a worker process ended, most likely for want of (shared) memory: try --workers=0, "
              f"or in a container a larger /dev/shm (docker run --shm-size=8g); {kept()}")
-    if "can't allocate memory" in message or "out of memory" in message:
+    if any(x in message for x in ("can't allocate memory", "out of memory", "not enough memory")):
         out_of_memory()
 
 

@@ -56,7 +56,8 @@ class Progress:
     def __init__(self, total, initial=0, unit="step"):
         self.done, self.total, self.unit = initial, total, unit
         self.last, self.start = time.time(), (initial, time.time())
-        self.quiet = int(os.environ.get("RANK", 0)) > 0
+        dist = torch.distributed
+        self.quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
         show_bar = sys.stderr and sys.stderr.isatty() and not self.quiet
         self.bar = tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True,
                         leave=False, file=sys.__stderr__) if show_bar else None

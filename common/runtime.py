@@ -18,11 +18,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Runtime:
     """Device, dtype of autocast, and this process's rank among `world` under torchrun.
 
-    Processes are joined only if `shares_work`: the other scripts run alone whatever torchrun says.
+    Processes are joined only if `shares_work`; the other scripts refuse to be started by torchrun.
     """
 
     def __init__(self, device, dtype, training=True, shares_work=False):
-        self.rank, self.world = ranks() if shares_work else (0, 1)
+        self.rank, self.world = ranks(shares_work)
         self.device = choose_device(device, self.world)
         kind = self.device.type
         if self.world > 1:
@@ -132,8 +132,12 @@ class Runtime:
             return function
 
 
-def ranks():
+def ranks(shares_work):
     """This process's (rank, number of processes) under torchrun; (0, 1) without it."""
+    if not shares_work:  # what a batch system left in the environment doesn't matter here
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+            fail("this script runs alone: start it with python, without torchrun")
+        return 0, 1
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     present = [name for name in names if name in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(present):

@@ -1,0 +1,152 @@
+"""The judge of a toy world: a small classifier, trained on true drawings and their attributes and
+on nothing else, says what an image shows."""
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import sample
+from common.checkpoints import load_gpt, load_named, load_vqgan
+from common.files import atomic_write
+from common.images import to_tensor
+from common.openai_clip import load_clip
+from common.optim import learning_rate
+from common.progress import Progress
+from common.runtime import Runtime
+from lab.metrics import downscale, frechet, in_batches, proportion
+from lab.painter import make_painter, shift, shifted_text_mean, with_shifted_text_mean
+from toy import BACKGROUNDS, COLOURS, OBJECTS, UNSEEN, read_world
+
+GAP = 0.8  # length of the modality gap of OpenAI's CLIP
+ATTRIBUTES = {"object": OBJECTS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
+
+
+def toy_prompts():
+    """Every colour with every object: [{"colour", "object"}], and "a {colour} {object}" of each."""
+    wanted = [{"colour": c, "object": o} for c in COLOURS for o in OBJECTS]
+    return wanted, ["a {colour} {object}".format(**w) for w in wanted]
+
+
+class Judge(nn.Module):
+    """A small convolutional classifier: images (B, 3, S, S) in [0, 1] -> logits of each attribute.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers, c = [], 3
+        for width in (32, 64, 128):
+            for c_in in (c, width):
+                layers += [nn.Conv2d(c_in, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            layers.append(nn.MaxPool2d(2))
+            c = width
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * 16, 256), nn.ReLU())
+        self.heads = nn.ModuleDict({k: nn.Linear(256, len(v)) for k, v in ATTRIBUTES.items()})
+
+    def features(self, x):
+        return self.body(downscale(x, 32))                                     # (B, 256)
+
+    def forward(self, x):
+        h = self.features(x)
+        return {name: head(h) for name, head in self.heads.items()}
+
+
+def get_judge(data, out, images, rows, runtime, steps=300):
+    """The judge of a toy world: out/judge.pt if that was trained on it, else trained on its images
+    and their rows of captions.tsv."""
+    path, world = Path(out, "judge.pt"), Path(data, "world.json").read_text()
+    judge = Judge().to(runtime.device)
+    if path.is_file():
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["world"] == world and saved["steps"] == steps:
+                judge.load_state_dict(saved["judge"])
+                return judge.eval()
+        except Exception as e:  # damaged files raise many kinds
+            runtime.print0(f"{path} can't be read ({type(e).__name__})")
+    runtime.print0(f"training the judge on the true drawings of {data}, {steps} steps")
+    judge = train_judge(steps, images, rows, runtime)
+    with atomic_write(path) as f:
+        torch.save({"judge": judge.state_dict(), "world": world, "steps": steps}, f)
+    return judge.eval()
+
+
+def train_judge(steps, images, rows, runtime):
+    torch.manual_seed(0)
+    judge = Judge().to(runtime.device)
+    adam = torch.optim.AdamW(judge.parameters(), 0.0, weight_decay=0.05)
+    labels = {name: torch.tensor([values.index(row[name]) for row in rows])
+              for name, values in ATTRIBUTES.items()}
+    progress = Progress(steps)
+    for step in range(steps):
+        index = np.random.default_rng((0, step)).integers(len(rows), size=128)
+        adam.param_groups[0]["lr"] = learning_rate(step, 2e-3, 20, steps)
+        logits = judge(to_tensor(images[index]).to(runtime.device))
+        loss = sum(F.cross_entropy(logits[name], labels[name][index].to(runtime.device))
+                   for name in labels)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        progress(loss=loss.item())
+    return judge
+
+
+def judge_features(judge, images, runtime):
+    """Images -> what the judge's heads look at (N, 256)."""
+    features = in_batches(lambda x: judge.features(x.to(runtime.device)), images)
+    return features.cpu().double().numpy()
+
+
+def match(judge, images, wanted, runtime):
+    """Shares of images in which the judge sees what is wanted, a dict of attributes for each: each
+    attribute over the images that ask for it; "both", object and colour; "unseen", that for the
+    pairs that neither VQGAN nor GPT was shown."""
+    def classify(x):
+        return torch.stack([row.argmax(1) for row in judge(x.to(runtime.device)).values()], 1)
+    classes, right = in_batches(classify, images), {}                          # (N, attributes)
+    for (name, values), column in zip(ATTRIBUTES.items(), classes.T.tolist()):
+        right[name] = [values[i] == w[name] if name in w else None
+                       for i, w in zip(column, wanted)]
+    right["both"] = [o and c for o, c in zip(right["object"], right["colour"])]
+    right["unseen"] = [both for both, w in zip(right["both"], wanted)
+                       if (w["colour"], w["object"]) in UNSEEN]
+    return {name: proportion([hit for hit in hits if hit is not None])
+            for name, hits in right.items()}
+
+
+class Examiner:
+    """Judges what a GPT draws of a toy world's prompts, n images of each, on a CPU. The folder
+    `models` holds the world's clip.pt and vqgan.pt, and the judge.pt that is trained if need be."""
+
+    def __init__(self, data, models, n):
+        self.n, self.runtime = n, Runtime("cpu", "float32", training=False)
+        self.clip = load_clip(f"{models}/clip.pt")
+        load_vqgan(f"{models}/vqgan.pt", "cpu")  # to know that it is there
+        self.wanted, self.prompts = toy_prompts()
+        self.texts = self.clip.encode_text(self.prompts)                           # (P, D)
+        heldout = read_world(data, "heldout")[0]
+        images, rows = read_world(data, "train", "unseen")
+        self.judge = get_judge(data, models, images, rows, self.runtime)
+        self.reference = judge_features(self.judge, heldout, self.runtime)         # (M, 256)
+        images = images[[row["split"] == "train" for row in rows]]
+        self.moved_mean = shifted_text_mean(self.clip, GAP, images[:2000])         # (D,)
+
+    def __call__(self, path, changes):
+        """Figures of the GPT in a file, at guidance 3 (classic: 1) but for `changes` to the options
+        of sample.py: shares of right object and colour, of all pairs ("both"), of the unseen ones
+        and with a modality gap ("moved"); Frechet distance to the held-out images."""
+        gpt, meta = load_gpt(path, "cpu")
+        vqgan = load_named(lambda file: load_vqgan(file, "cpu"), path.parent, meta["vqgan"],
+                           meta["vqgan_sha256"], path)
+        options = sample.sampling_options(sample.Config(), gpt, meta)
+        options |= {"temperature": 0.7, "top_k": 0, "top_p": 1.0} | changes
+        painter = make_painter(gpt, vqgan, self.runtime)
+        images = painter(self.texts, self.prompts, self.n, options)
+        moved = with_shifted_text_mean(painter, self.moved_mean)(
+            shift(self.texts, GAP), self.prompts, self.n, options)
+        wanted = [w for w in self.wanted for _ in range(self.n)]
+        right, moved = (match(self.judge, x, wanted, self.runtime) for x in (images, moved))
+        distance = frechet(judge_features(self.judge, images, self.runtime), self.reference)
+        return {"both": right["both"]["share"], "unseen": right["unseen"]["share"],
+                "moved": moved["both"]["share"], "frechet": distance}

@@ -1,0 +1,333 @@
+"""lab/: the figures by hand, the evaluation, the ablations and the benchmark in miniature."""
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import sample
+from common.checkpoints import load_vqgan
+from common.dumps import open_dump
+from common.openai_clip import load_clip
+from common.runtime import Runtime
+from common.sources import ImageSource, split_names
+from lab import bench, metrics
+from lab.bench_sampling import measure_sampling
+from lab.painter import make_painter, shift, with_shifted_text_mean
+from tests.helpers import randn, run_stage, slow, snapshot, stage_error, tiny_gpt
+from tests.inprocess import call_error, call_stage, link_world
+
+EVALUATE = ["-m", "lab.evaluate", "--gpt=out/toy/gpt.pt", "--out=out/evaluated", "--n=1",
+            "--judge_steps=3"]
+
+
+# ------------------------------------------------------------------------------ figures by hand
+
+
+def test_frechet_distance_by_hand():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6))
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet(a, a + 3) == pytest.approx(6 * 9)         # only the mean moves
+    twice = 2 * a - a.mean(0)                                        # twice the spread, same mean
+    assert metrics.frechet(a, twice) == pytest.approx(np.trace(np.cov(a.T)))
+
+
+def test_ratio_of_proportions_and_frechet_win_rate_by_hand():
+    a, b, full, none = (metrics.proportion([True] * n + [False] * (200 - n))
+                        for n in (180, 160, 200, 0))
+    found = metrics.ratio(a, b)
+    assert found["ratio"] == pytest.approx(1.125)
+    assert found["low"] == pytest.approx(a["low"] / b["high"])
+    assert found["high"] == pytest.approx(a["high"] / b["low"])
+    found = metrics.ratio(full, full)
+    assert found["low"] < 0.99 < 1.01 < found["high"] < 1.05
+    assert math.isfinite(metrics.ratio(a, none)["high"])
+    assert metrics.mean([3.0])["half"] is None
+    assert metrics.mean([1.0, 3.0])["half"] == pytest.approx(1.96)
+    reference, near, far = (np.random.default_rng(i).normal(size=(300, 4)) + x
+                            for i, x in enumerate((0, 0, 2)))
+    assert metrics.frechet_win_rate(near, far, reference) == 1
+    assert metrics.frechet_win_rate(far, near, reference) == 0
+
+
+def test_retrieval_and_proportions_by_hand():
+    found = metrics.proportion([True] * 8 + [False] * 2)             # Wilson 1927
+    assert found["share"] == 0.8 and found["n"] == 10
+    assert found["low"] == pytest.approx(0.4902, abs=1e-3)
+    assert found["high"] == pytest.approx(0.9433, abs=1e-3)
+    assert metrics.proportion([]) is None
+
+    class MeanColour:
+        size, device = 8, "cpu"
+
+        def encode_image(self, pixels):
+            return F.normalize(pixels.mean((2, 3)), dim=-1)
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    images[[0, 1], ..., 0], images[[2, 3], ..., 1] = 200, 100
+    found = metrics.retrieval(MeanColour(), images, torch.eye(3)[:2], [0, 0, 1, 0])
+    assert found["retrieval"]["share"] == 0.75
+    assert found["similarity"]["mean"] == pytest.approx(0.75)
+
+
+def test_quality_by_hand():
+    """Features are the mean colour: diversity is their distance within a group, and an image that
+    was trained on is its own nearest."""
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    images[1, ..., 0], images[3, ..., 1] = 255, 51
+    found = metrics.quality(lambda x: x.mean((1, 2)) / 255.0, images, ["a", "a", "b", "b"],
+                            np.random.default_rng(0).random((9, 3)), metrics.thumbnails(images), 3)
+    assert found["diversity"]["mean"] == pytest.approx((1 + 0.2) / 2)
+    assert found["nearest"]["mean"] == pytest.approx(0, abs=1e-3)
+    assert found["frechet"]["n"] == 3 and found["frechet"]["mean"] > 0
+
+
+def test_gap_is_a_constant_vector_of_that_length():
+    e = F.normalize(randn(50, 32), dim=-1)
+    moved = shift(e, 0.8)
+    assert torch.allclose(moved.norm(dim=-1), torch.ones(50), atol=1e-5)
+    rng = torch.Generator().manual_seed(0)
+    direction = F.normalize(torch.randn(32, generator=rng), dim=0)
+    offset = moved * (e + 0.8 * direction).norm(dim=-1, keepdim=True) - e
+    assert torch.allclose(offset.norm(dim=-1), torch.full((50,), 0.8), atol=1e-5)
+    assert (offset - offset[0]).abs().max() < 1e-5
+
+
+def test_shifted_text_mean_leaves_the_gpt_as_it_was():
+    gpt = tiny_gpt()
+    painter = make_painter(gpt, None, Runtime("cpu", "float32", training=False))
+    before, mean, embeds = gpt.means.clone(), randn(24, seed=5), randn(3, 24)
+    moved = with_shifted_text_mean(painter, mean)
+    assert torch.equal(gpt.means, before) and torch.equal(moved.gpt.means[1], mean)
+    assert moved.gpt.tok_emb is gpt.tok_emb and moved.generator is painter.generator
+    assert torch.equal(moved.gpt.condition(embeds), gpt.condition(embeds))
+    assert not torch.allclose(moved.gpt.condition(embeds, "text"), gpt.condition(embeds, "text"))
+    not_centred = make_painter(tiny_gpt(fill=False), None, painter.runtime)
+    assert not with_shifted_text_mean(not_centred, mean).gpt.means.any()
+
+
+# ----------------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture(scope="session")
+def evaluated(world):
+    """lab.evaluate with everything on, in miniature -> (the world's folder, its output)."""
+    d, _ = world
+    return d, run_stage(*EVALUATE, "--optimise=3", cwd=d).stdout
+
+
+def test_evaluation_end_to_end(evaluated):
+    d, output = evaluated
+    out = d / "out/evaluated"
+    for name in ("match.json", "match.md", "match.png", "compare.png", "guidance.png",
+                 "variety.png"):
+        assert (out / name).stat().st_size > 0
+    table = json.loads((out / "match.json").read_text())["table"]
+    assert len(table) == 34 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
+    assert table["true training images"]["nearest"]["mean"] == pytest.approx(0, abs=1e-3)
+    # the default is a row already
+    assert "samples at guidance 2" in table and "samples at guidance 3" not in table
+    assert table["samples at guidance 6, gap 0.8"]["both"]["n"] == 96
+    assert table["samples at variety 1.5"]["both"]["n"] == 96
+    assert len(list(out.glob("controls-*/*/gpt.pt"))) == 2
+    report = (out / "match.md").read_text()
+    assert report in output
+    assert "language-free / captioned: " in report and "seed 0" in report
+    assert "of the 3 prompts" in report and "to their own captions" in output
+    figures = [cell for line in report.splitlines() if line.startswith("| ")
+               for cell in line.split(" | ")[1:] if any(x.isdigit() for x in cell)]
+    assert all("n=" in x and ("±" in x or "–" in x or "n=1" in x) for x in figures)
+
+
+def test_evaluation_keeps_its_controls_and_asks_for_a_match(evaluated):
+    d, _ = evaluated
+    again = run_stage(*EVALUATE, "--optimise=0", "--plots=False", "--min_match=0.99", cwd=d, code=1)
+    assert "captioned/gpt.pt is finished" in again.stdout
+    assert "unconditioned/gpt.pt is finished" in again.stdout
+    assert "training the judge" not in again.stdout
+
+
+def test_samples_are_those_of_sample_py(evaluated):
+    """A painter draws what sample.py draws for the same seed and prompt."""
+    d, _ = evaluated
+    runtime = Runtime("cpu", "float32", training=False)
+    cfg = sample.Config(gpt=str(d / "out/toy/gpt.pt"))
+    gpt, vqgan, clip, options = sample.load(cfg, runtime)
+    prompts = ["a red bus", "a blue fish"]
+    images = make_painter(gpt, vqgan, runtime)(clip.encode_text(prompts), prompts, 2, options)
+    call_stage("sample.py", *prompts, "--n=2", "--gpt=out/toy/gpt.pt",
+               "--out=out/evaluated/x.png", cwd=d)
+    files = sorted((d / "out/evaluated/x").glob("*.png"))
+    assert len(files) == len(images) == 4
+    assert all(np.array_equal(np.asarray(Image.open(f)), x) for f, x in zip(files, images))
+
+
+def test_captioned_control_is_given_the_captions_of_the_same_images(evaluated):
+    d, _ = evaluated
+    dump, = (d / "out/evaluated").glob("controls-*/caption_tokens")
+    (_, arrays), (meta, captioned) = open_dump(d / "data/toy_tokens"), open_dump(dump)
+    clip = load_clip(d / "out/toy/clip.pt")
+    assert load_vqgan(dump / meta["vqgan"], "cpu").sha256 == meta["vqgan_sha256"]
+    lines = (d / "data/toy/captions.tsv").read_text().splitlines()[1:]
+    captions = dict(line.split("\t")[::5] for line in lines)         # path: caption
+    splits = split_names(ImageSource(d / "data/toy/train"), 10)
+    for split, names, crops in zip(("train", "val"), splits, (3, 1)):
+        names = [name for name in names if name != "broken.png"]
+        assert np.array_equal(arrays[split][0], captioned[split][0])
+        assert len(captioned[split][1]) == len(names) * crops
+        for i in range(0, len(names), 7):
+            text = clip.encode_text([captions.get(f"train/{names[i]}", "")])[0].numpy()
+            assert np.abs(captioned[split][1][i * crops] - text).max() < 1e-3
+
+
+def test_evaluation_looks_at_everything_before_it_works(evaluated, tmp_path):
+    """No dump, or one of other images: found before the judge is trained."""
+    d = link_world(evaluated[0], tmp_path)
+    shutil.rmtree(d / "out/evaluated")
+    (d / "data/toy_tokens").rename(d / "elsewhere")
+    args = ["lab.evaluate", *EVALUATE[2:]]
+    done = call_stage(*args, cwd=d, code=2)
+    assert "no dump in data/toy_tokens" in done.stderr and "--controls=False" in done.stderr
+    assert "judge" not in done.stdout and not (d / "out/evaluated").exists()
+    (d / "elsewhere").rename(d / "data/toy_tokens")
+    (d / "data/toy/train/new.png").write_bytes((d / "out/toy/world.png").read_bytes())
+    done = call_stage(*args, "--controls=True", cwd=d, code=2)
+    assert "is no dump of data/toy/train" in done.stderr and "judge" not in done.stdout
+    done = call_stage(*args, "--optimise=0", "--plots=False", cwd=d)
+    assert "no controls: data/toy_tokens is no dump of" in done.stdout
+    assert "control:" not in (d / "out/evaluated/match.md").read_text()
+
+
+def test_evaluation_of_images_without_captions(evaluated):
+    """Any folder and a file of prompts: CLIP judges, whatever needs captions is left out."""
+    d, _ = evaluated
+    prompts = d / "out/evaluated/prompts.txt"
+    prompts.write_text("a red bus\na blue fish\n\na red bus\n")
+    args = ["lab.evaluate", "--gpt=out/toy/gpt.pt", "--n=1", "--data=data/toy/train",
+            "--texts=out/evaluated/prompts.txt", "--out=out/judged"]
+    done = call_stage(*args, cwd=d)
+    written = json.loads((d / "out/judged/match.json").read_text())
+    assert written["table"]["samples of the prompts, N=1"]["retrieval"]["n"] == 2
+    assert len(written["table"]) == 8 and "both" not in done.stdout
+    prompts.write_text("one\none\n")
+    assert "holds 1 prompts" in call_error(*args, cwd=d)
+
+
+# ------------------------------------------------------------------------------------ benchmark
+
+
+def test_bench_times_sampling_and_refuses_unknown_parts(tmp_path, capsys):
+    cfg = bench.Config(n_layer=2, n_head=4, n_embd=64, grid=4, codebook_size=48, batch=2,
+                       device="cpu", dtype="float32")
+    peaks = {"matmuls": 1e11, "convolutions": 1e11}
+    limits = {"device": "cpu", "dtype": "float32", "read": 1e10, "float32": peaks,
+              "bfloat16": peaks}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two wait for each other where other processes are busy
+    for _ in range(3):        # a busy moment can last as long as all matmuls of so small a network
+        rows = {row["what"]: row for row in measure_sampling(cfg, limits)}
+        shares = [rows[f"sampling, batch {b}, float32"]["share"] for b in (1, 2)]
+        if max(shares) < 1.5:
+            break
+    torch.set_num_threads(threads)
+    assert 0 < min(shares) and max(shares) < 1.5
+    for b in (1, 2):
+        guided = rows[f"sampling, batch {b}, guidance, float32"]
+        assert guided["share"] > 0 and guided["of"] == "the bare matmuls"
+        assert rows[f"sampling, no cache, batch {b}, float32"]["rate"] > 0
+    assert "sampling" in capsys.readouterr().out
+    error = stage_error("-m", "lab.bench", "--parts=gpt,dance", cwd=tmp_path)
+    assert "there is no part dance" in error
+
+
+def test_bench_makes_its_data_where_nothing_else_lies(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine").write_text("precious")
+    cfg = bench.Config(out=str(tmp_path), jpegs=1)
+    for _ in range(2):
+        bench.make_data(cfg, {"device": "cpu"})
+    assert (tmp_path / "data/mine").exists() and len(list(tmp_path.iterdir())) == 2
+    foreign = dataclasses.replace(cfg, out=str(tmp_path / "other"))
+    foreign.data.mkdir(parents=True)
+    (foreign.data / "mine").write_text("precious")
+    with pytest.raises(SystemExit):
+        bench.make_data(foreign, {"device": "cpu"})
+    assert "was not made by this program" in capsys.readouterr().err
+    assert (foreign.data / "mine").read_text() == "precious"
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+BAD = [
+    ("lab.evaluate --data=empty", "no toy world"),
+    ("lab.evaluate --data=data/toy/train --texts=nowhere.txt", "nowhere.txt"),
+    ("lab.evaluate --texts=prompts.txt", "--texts is for other images"),
+    ("lab.evaluate --optimise=1", "too few to compare"),
+    ("lab.evaluate --min_match=2", "from 0 to"),
+    ("lab.evaluate --guidance=1 --plots=True", "--plots=True"),
+    ("lab.evaluate --judge=nowhere.pt", "nowhere.pt"), ("lab.evaluate --n=0", "--n=0"),
+    ("lab.ablate --data=nowhere", "toy world"), ("lab.ablate --only=waltz", "waltz"),
+    ("lab.ablate --dump=nowhere", "no dump in nowhere"), ("lab.ablate --seeds=0", "--seeds"),
+    ("lab.ablate --models=nowhere", "nowhere/clip.pt"), ("lab.bench --pixels=100", "--pixels"),
+    ("lab.bench --n_embd=100", "--n_head"), ("lab.bench --grid=2", "--grid"),
+    ("lab.bench --out=thin.png", "thin.png"), ("lab.bench --codes=64", "--codebook_size"),
+]
+
+
+@pytest.mark.parametrize("line, words", BAD, ids=[line for line, _ in BAD])
+def test_bad_input_ends_in_one_line_and_changes_nothing(world, tmp_path_factory, line, words):
+    d = tmp_path_factory.getbasetemp() / "lab_bad"
+    if not d.exists():
+        link_world(world[0], d)
+        (d / "empty").mkdir()
+        Image.new("L", (1, 1000)).save(d / "thin.png")
+    before = snapshot(d)
+    script, *args = line.split()
+    if script == "lab.evaluate":
+        args.append("--gpt=out/toy/gpt.pt")
+    assert words in call_error(script, *args, cwd=d)
+    assert snapshot(d) == before
+
+
+# ----------------------------------------------------------------------------------------- slow
+
+
+@slow
+def test_slow_ablations_in_miniature(world, tmp_path):
+    d, _ = world
+    args = ["-m", "lab.ablate", "--only=noise 2,2 crops,256 codes,guidance 6", "--seeds=2",
+            "--max_steps=20", "--n=1", "--vqgan_steps=160", f"--out={tmp_path}/ablations"]
+    output = run_stage(*args, cwd=d, timeout=900).stdout
+    runs = json.loads((tmp_path / "ablations/ablations.json").read_text())["runs"]
+    names = ["reference", "noise 2", "2 crops an image", "256 codes", "guidance 6 when sampling"]
+    found = sorted({(run["name"], run["seed"]) for run in runs})
+    assert found == sorted((name, seed) for name in names for seed in (0, 1))
+    assert all(math.isfinite(run["val_loss"]) and 0 <= run["both"] <= 1 and run["frechet"] > 0
+               for run in runs)
+    assert next(run["steps"] for run in runs if run["name"] == "reference") == 20
+    assert (tmp_path / "ablations/noise.png").stat().st_size > 0
+    table = (tmp_path / "ablations/ablations.md").read_text()
+    assert table.count("\n") == 7 and table in output
+    one, other = ([run for run in runs if run["name"] == name and run["seed"] == 1][0]
+                  for name in (names[0], names[-1]))
+    # one training, sampled twice
+    assert one["val_loss"] == other["val_loss"] and one["frechet"] != other["frechet"]
+    assert run_stage(*args, cwd=d).stdout.endswith(table)            # finished runs are kept
+
+
+@slow
+def test_slow_bench_in_miniature(tmp_path):
+    run_stage("-m", "lab.bench", "--n_layer=2", "--n_head=4", "--n_embd=64", "--grid=4",
+              "--codebook_size=64", "--batch=2", "--pixels=32", "--images=1", "--jpegs=32",
+              "--mib=4", cwd=tmp_path, timeout=600)
+    rows = json.loads(Path(tmp_path, "out/bench/bench.json").read_text())["rows"]
+    assert all(any(row["what"].startswith(word) for row in rows) for word in
+               ("limits", "sampling", "GPT step", "VQGAN step", "prepare", "batches"))
+    assert all(row["rate"] > 0 and (row["share"] or 1) > 0 for row in rows)
