@@ -137,18 +137,17 @@ def load(cfg, runtime):
     path = cfg.gpt or newest("gpt")
     gpt, meta = load_gpt(path, runtime.device)
     folder = Path(path).parent
-    vqgan_path, clip_name = cfg.vqgan or meta.get("vqgan"), cfg.clip or meta.get("clip")
-    if not vqgan_path or not clip_name:
-        kind = "clip" if vqgan_path else "vqgan"
-        fail(f"{path} does not say which {kind.upper()} it goes with; name it with --{kind}=FILE")
-    vqgan = load_named(lambda p: load_vqgan(p, runtime.device), folder, vqgan_path,
-                       meta.get("vqgan_sha256"), path, "--vqgan")
-    clip = load_named(lambda p: load_clip(p, runtime.device, cfg.trust_jit), folder, clip_name,
-                      meta.get("clip_sha256"), path, "--clip")
+    for kind in ("vqgan", "clip"):
+        if not getattr(cfg, kind) and not meta.get(kind):
+            fail(f"{path} does not say which {kind.upper()} it goes with; name it: --{kind}=FILE")
+    vqgan = load_named(lambda p: load_vqgan(p, runtime.device), folder, meta.get("vqgan"),
+                       meta.get("vqgan_sha256"), path, "--vqgan", cfg.vqgan)
+    clip = load_named(lambda p: load_clip(p, runtime.device, cfg.trust_jit), folder,
+                      meta.get("clip"), meta.get("clip_sha256"), path, "--clip", cfg.clip)
     if vqgan.cfg.codebook_size != gpt.cfg.codebook_size:
-        fail(f"{path} was trained on tokens of another VQGAN than {vqgan_path}: name that one")
+        fail(f"{path} was trained on tokens of another VQGAN than {vqgan.path}: name that one")
     if clip.dim != gpt.cfg.cond_dim:
-        fail(f"{path} was trained on embeddings of another CLIP than {clip_name}: name that one")
+        fail(f"{path} was trained on embeddings of another CLIP than {clip.name}: name that one")
     runtime.print0(f"sample: GPT {path} ({format_size(gpt)}), VQGAN {vqgan.path}, CLIP "
                    f"{clip.name}, on {runtime}")
     return gpt, vqgan, clip, sampling_options(cfg, gpt, meta)
@@ -185,7 +184,7 @@ def main():
     cfg = parse_options(Config)
     check(cfg)
     prompts = read_prompts(cfg)
-    image, has_words = read_image(cfg.image) if cfg.image else None, prompts != [cfg.image]
+    image, has_words = read_image(cfg.image) if cfg.image else None, bool(cfg.prompts or cfg.texts)
     runtime = Runtime(cfg.device, cfg.dtype, training=False)
     gpt, vqgan, clip, options = load(cfg, runtime)
     n, count = options["n"], max(options["n"], options["candidates"])

@@ -158,7 +158,7 @@ def train_step(state, net, x, lossy, step, cfg, runtime):
     metrics = {k: v.item() for k, v in totals.items()} | {"grad_norm": norm}
     if quantized and is_finite:
         tokens, z = (torch.cat(parts) for parts in zip(*outputs))
-        metrics |= update_codebook(state, tokens, z, step < 0.75 * cfg.max_steps, runtime)
+        metrics |= update_codebook(state, tokens, z, runtime)
     return metrics, is_finite
 
 
@@ -197,19 +197,17 @@ def update_adaptive_weight(state, cfg, runtime):
     state.last_layer_grads.zero_()
 
 
-def update_codebook(state, tokens, z, may_restart, runtime):
+def update_codebook(state, tokens, z, runtime):
     """Count the codes of this step and restart dead ones. Returns metrics: perplexity (codes in
     use, effectively), share of codes used, number restarted."""
-    quantize, average = state.model.quantize, state.ema.quantize.embedding.weight
-    counts = runtime.all_reduce(torch.bincount(tokens.flatten(), minlength=len(average)))
+    quantize = state.model.quantize
+    codebook_size = len(quantize.usage)
+    counts = runtime.all_reduce(torch.bincount(tokens.flatten(), minlength=codebook_size))
     p = counts / counts.sum()                                                # (K,)
     entropy = -(p * p.clamp(min=1e-9).log()).sum()
-    dead = quantize.count_hits(counts)
-    if may_restart:  # not in the last quarter, when no time is left to learn a new code
-        quantize.restart(dead, runtime.all_gather(z), state.generator)
-        average[dead] = quantize.embedding.weight[dead].detach()
+    dead = quantize.restart(counts, runtime.all_gather(z), state.generator)
     return {"perplexity": entropy.exp().item(), "used": (counts > 0).float().mean().item(),
-            "restarted": len(dead) if may_restart else 0}
+            "restarted": len(dead)}
 
 
 @torch.no_grad()

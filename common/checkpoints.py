@@ -129,9 +129,16 @@ def tidy(path):
     return short if os.path.realpath(short) == os.path.realpath(path) else str(path)
 
 
-def load_named(load, folder, named, sha256, owner, option="--vqgan"):
+def load_named(load, folder, named, sha256, owner, option="--vqgan", given=""):
     """load(file) of the network that `owner`, a file in `folder`, was made with: a file of that
-    name beside it, else the one at the stored path, whichever has the right hash."""
+    name beside it, else the one at the stored path, whichever has the right hash. A file that the
+    user has `given` must be that one."""
+    if given:
+        network = load(given)
+        if sha256 is not None and network.sha256 != sha256:
+            fail(f"{option}={given} is another one than {owner} was made with; leave {option} out, "
+                 f"or name that one")
+        return network
     places = [Path(folder, Path(named).name), Path(folder, named), Path(named)]
     found = [tidy(p) for p in places if p.is_file()]
     if not found and not Path(named).suffix:  # ViT-B/32 and so on

@@ -65,8 +65,8 @@ def draw_first_token(demo, out, prompt="a red bus"):
         entropy = -(p * p.clamp(min=1e-12).log()).sum()
         title = f"{title}: entropy {entropy:.2f} nats"
         panels.append(bars(title, p[codes].tolist(), pictures, map(str, codes.tolist())))
-        print(f"first token of '{prompt}', {title}, likeliest {p.max():.1%}, "
-              f"these codes together {p[codes].sum():.1%}")
+        print(f"first token of '{prompt}', {title}; " + ", ".join(
+            f"{code} {value:.2%}" for code, value in zip(codes.tolist()[:4], p[codes].tolist())))
     save_sheet(out / "first_token.png", [panels[:2], panels[2:]])
 
 
