@@ -241,7 +241,7 @@ def main():
     check_batch_size(cfg, runtime)
     meta, rows = open_dump(cfg.data)
     vqgan = load_named(lambda path: load_vqgan(path, runtime.device), cfg.data,
-                       cfg.vqgan or meta["vqgan"], meta["vqgan_sha256"], cfg.data)
+                       meta["vqgan"], meta["vqgan_sha256"], cfg.data, "--vqgan", cfg.vqgan)
     gpt_config = start_config(lambda path, device: load_gpt(path, device)[0], GPTConfig, cfg,
                               codebook_size=meta["codebook_size"], grid=meta["grid"],
                               cond_dim=meta["clip_dim"])

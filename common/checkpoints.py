@@ -154,7 +154,7 @@ def load_named(load, folder, named, sha256, owner, option="--vqgan", given=""):
 
 def newest(stage):
     """The newest finished checkpoint of a stage, "vqgan" or "gpt", under out/."""
-    controls = {"captioned", "unconditioned", "ablations", "bench"}  # trained by lab/
+    controls = {"captioned", "unconditioned", "ablations", "bench", "explain"}  # of lab/
     found = [p for p in Path("out").glob(f"**/{stage}.pt") if not controls & set(p.parts)]
     found += Path("out").glob(f"*/{stage}.pt")  # in linked folders too
     if not found:

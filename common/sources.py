@@ -206,8 +206,8 @@ class BadImages:
                 print(f"skipped {name} ({reason})", flush=True)
         self.reasons |= failed
         if stop or len(self.reasons) > self.max_bad * self.total:
-            fail(f"{len(self.reasons)} of {self.total} images of {self.data} can't be read, more "
-                 f"than --max_bad={self.max_bad}: {count_reasons(self.reasons.items())}")
+            fail(f"{len(self.reasons)} of {self.total} images of {self.data} can't be used "
+                 f"(--max_bad={self.max_bad}): {count_reasons(self.reasons.items())}")
 
 
 def center_crops(source, names, size, count):

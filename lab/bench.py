@@ -29,13 +29,12 @@ import toy
 import train_gpt
 import vqgan
 from common import chunks as chunking
-from common.checkpoints import load_vqgan, start_config
+from common.checkpoints import load_vqgan, start_config, write_checkpoint
 from common.files import hash_state, lock_folder, write_json
 from common.openai_clip import clip_package, load_clip
 from common.options import check_range, fail, parse_options
 from common.perceptual import perceptual_features
 from common.process import run_main, start_worker
-from common.runs import write_checkpoint
 from common.runtime import Runtime
 from common.sources import ImageSource
 from lab.bench_sampling import measure_sampling
@@ -237,38 +236,46 @@ def measure_prepare(cfg, limits):
         return prepare.Chunks(source, source.names, options, net.cfg.image_size, clip.size,
                               options.crops, encode)
 
-    def time_of(items, n):
-        start = time.time()
-        for _ in chunking.loader(items, range(n), workers):
-            pass
-        return time.time() - start
+    def encode(*crops):
+        return prepare.encode_batch(*crops, net, clip, runtime)
 
     # crops leave a worker beside a GPU only
     decoding = make_chunks((lambda *crops: (0, 0)) if in_workers else None)
     decoded, rates = [], []
     for i in range(3):  # in turns, of which the median counts: each is over in a few seconds
-        decoded.append(len(source.names) / time_of(decoding, len(decoding)))
+        decoded.append(len(source.names) / time_of(decoding, len(decoding), workers))
         rates += run_and_read("prepare.py", cfg, r"image \d+/\d+  (\S+)/s", data=options.data,
                               out=data / f"prepared_{i}", val_percent=0, chunk=options.chunk,
                               vqgan=data / "toy.vqgan", clip=data / "toy.clip")
     decoded, rate = statistics.median(decoded), statistics.median(rates)
     is_cpu = runtime.device.type == "cpu"
     largest = peak_memory(runtime, resource.RUSAGE_CHILDREN) if is_cpu else None
-    plain = make_chunks(None)
-    crops = next(crops for _, *crops, _ in map(plain.__getitem__, range(len(plain)))
-                 if len(crops[0]))
-    again = SameCrops(lambda *x: prepare.encode_batch(*x, net, clip, runtime), crops)
-    images = len(crops[0]) / options.crops
+    networks = rate_of_networks(encode, make_chunks(None), workers, runtime)
+    bound, of = min(decoded, networks), "the slower one"
     if in_workers:
-        torch.set_num_threads(1)
-        networks = images * 8 * workers / time_of(again, 8 * workers)
         bound, of = 1 / (1 / decoded + 1 / networks), "the sum of both"
-    else:
-        networks = images * rate_of(runtime, lambda: again[0], 3)
-        bound, of = min(decoded, networks), "the slower one"
     return [make_row(f"prepare, decoding alone, {workers} workers", decoded, "images/s"),
             make_row("prepare, networks alone", networks, "images/s", gib=peak_memory(runtime)),
             make_row("prepare, prepare.py", rate, "images/s", bound, of, largest)]
+
+
+def time_of(chunks, n, workers):
+    """Seconds that prepare.py's workers take for the first n items."""
+    start = time.time()
+    for _ in chunking.loader(chunks, range(n), workers):
+        pass
+    return time.time() - start
+
+
+def rate_of_networks(encode, chunks, workers, runtime):
+    """Images a second of the networks alone, on the crops of the first chunk that has any."""
+    crops = next(crops for _, *crops, _ in map(chunks.__getitem__, range(len(chunks)))
+                 if len(crops[0]))
+    again, images = SameCrops(encode, crops), len(crops[0]) / chunks.crops
+    if not chunking.encode_in_workers(runtime):
+        return images * rate_of(runtime, lambda: again[0], 3)
+    torch.set_num_threads(1)
+    return images * 8 * workers / time_of(again, 8 * workers, workers)
 
 
 def write_cold(path, rows, width, dtype):

@@ -25,7 +25,14 @@ def tile(image, text="", side=96, mark=None, cells=4):
     return sheet
 
 
-def save_sheet(path, rows, titles=(), gap=4, colours=128):
+def to_palette(sheet, colours):
+    """An image in the colours that stand for all of it best, found on a ninth of its pixels."""
+    small = sheet.resize((sheet.width // 3, sheet.height // 3), Image.Resampling.NEAREST)
+    palette = small.quantize(colours, kmeans=2, dither=Image.Dither.NONE)
+    return sheet.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+def save_sheet(path, rows, titles=(), gap=4, colours=255):
     """Rows of Pillow images -> one PNG in a palette, a title above each row that has one."""
     titles = [*titles, *[""] * (len(rows) - len(titles))]
     heights = [max(x.height for x in row) + gap + (20 if title else 0)
@@ -41,7 +48,7 @@ def save_sheet(path, rows, titles=(), gap=4, colours=128):
             left += image.width + gap
         top += height
     with atomic_write(path) as f:
-        sheet.quantize(colours, dither=Image.Dither.NONE).save(f, format="PNG", optimize=True)
+        to_palette(sheet, colours).save(f, format="PNG", optimize=True)
 
 
 def text_grid(texts, width, height, image=None, shades=None):

@@ -1,5 +1,6 @@
 """What the tests share: tiny networks, random tensors, small inputs, stages run as a user would."""
 import contextlib
+import json
 import math
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.checkpoints import write_checkpoint
 from common.dumps import PROVENANCE, write_meta
 from common.openai_clip import clip_package
 from model import GPT, VQGAN, GPTConfig, VQGANConfig
@@ -144,7 +146,6 @@ def random_dump(folder, rows=50, grid=4, dim=24, codebook_size=48, seed=0):
 
 def save_checkpoint(path, checkpoint, **changes):
     """Save a checkpoint with changed entries and the digest that belongs to them."""
-    from common.runs import write_checkpoint
     contents = {k: v for k, v in checkpoint.items() if k != "digest"} | changes
     write_checkpoint(path, contents)
 
@@ -238,7 +239,6 @@ def make_world(folder):
 
 def read_log(path):
     """The lines of a run's .jsonl as dicts."""
-    import json
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 

@@ -288,7 +288,8 @@ def test_kernels_for_a_gpu_compute_the_same_network():
     pytest.importorskip("triton")
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--durations=8",
                            "-p", "no:cacheprovider", "tests/triton_interpreted.py"], cwd=ROOT,
-                          env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+                          env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
     assert not done.returncode, done.stdout + done.stderr
 
 

@@ -18,9 +18,18 @@ from common.openai_clip import load_clip
 from common.runtime import Runtime
 from common.sources import ImageSource, split_names
 from lab import bench, metrics
-from lab.bench_sampling import measure_sampling
+from lab.bench_sampling import measure_sampling, plain_in, time_on_gpu
 from lab.painter import make_painter, shift, with_shifted_text_mean
-from tests.helpers import randn, run_stage, slow, snapshot, stage_error, tiny_gpt
+from tests.helpers import (
+    one_line_error,
+    rand,
+    randn,
+    run_stage,
+    slow,
+    snapshot,
+    stage_error,
+    tiny_gpt,
+)
 from tests.inprocess import call_error, call_stage, link_world
 
 EVALUATE = ["-m", "lab.evaluate", "--gpt=out/toy/gpt.pt", "--out=out/evaluated", "--n=1",
@@ -246,6 +255,51 @@ def test_bench_times_sampling_and_refuses_unknown_parts(tmp_path, capsys):
     assert "there is no part dance" in error
 
 
+class FakeGPU:
+    """Stands in for fast.gpu.GPUGenerator and for torch.cuda.Event: an event is a millisecond."""
+    clock = 0
+
+    def __init__(self, enable_timing=False):
+        self.capture = lambda step, device: step
+
+    def record(self):
+        FakeGPU.clock += 1
+        self.time = FakeGPU.clock
+
+    def elapsed_time(self, later):
+        return later.time - self.time
+
+    def generate(self, cond, uniform, guidance):
+        step = self.capture(lambda: None, cond.device)
+        for _ in range(uniform.shape[1]):
+            step()
+
+
+def test_bench_times_every_token_on_a_gpu(monkeypatch, capsys):
+    """Captured or call by call, by events around what is done for each token."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeGPU)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cond, uniform, gpt = F.normalize(randn(2, 24), dim=-1), rand(2, 16), tiny_gpt()
+    for generator in (gpt, plain_in(gpt, torch.float32), FakeGPU()):
+        names = set(vars(generator))
+        seconds = time_on_gpu(generator, cond, uniform, 2.0, torch.float32)
+        assert seconds == [0.001] * 16 and set(vars(generator)) >= names
+    broken = FakeGPU()
+    broken.generate = lambda *args: None  # as where the kernels fail and the plain network goes on
+    with one_line_error(capsys, "fast/gpu.py"):
+        time_on_gpu(broken, cond, uniform, 1.0, torch.float32)
+
+
+def test_bench_call_by_call_is_the_plain_network_in_half_precision():
+    gpt, cond, uniform = tiny_gpt(), F.normalize(randn(2, 24), dim=-1), rand(2, 16)
+    plain = plain_in(gpt, torch.bfloat16)
+    assert plain.blocks[0].fc.weight.dtype == plain.new_caches(2).dtype == torch.bfloat16
+    assert gpt.blocks[0].fc.weight.dtype == plain.ln_f.weight.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = plain.generate(cond, uniform, 2.0)
+    assert (tokens == gpt.generate(cond, uniform, 2.0)).float().mean() > 0.8
+
+
 def test_bench_makes_its_data_where_nothing_else_lies(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/mine").write_text("precious")
@@ -265,19 +319,14 @@ def test_bench_makes_its_data_where_nothing_else_lies(tmp_path, capsys):
 # ------------------------------------------------------------------------------------ bad input
 
 
-BAD = [
-    ("lab.evaluate --data=empty", "no toy world"),
+BAD = [  # beside those of test_bad_input.py
     ("lab.evaluate --data=data/toy/train --texts=nowhere.txt", "nowhere.txt"),
     ("lab.evaluate --texts=prompts.txt", "--texts is for other images"),
     ("lab.evaluate --optimise=1", "too few to compare"),
-    ("lab.evaluate --min_match=2", "from 0 to"),
+    ("lab.evaluate --min_match=2", "from 0 to"), ("lab.evaluate --n=0", "--n=0"),
     ("lab.evaluate --guidance=1 --plots=True", "--plots=True"),
-    ("lab.evaluate --judge=nowhere.pt", "nowhere.pt"), ("lab.evaluate --n=0", "--n=0"),
-    ("lab.ablate --data=nowhere", "toy world"), ("lab.ablate --only=waltz", "waltz"),
-    ("lab.ablate --dump=nowhere", "no dump in nowhere"), ("lab.ablate --seeds=0", "--seeds"),
-    ("lab.ablate --models=nowhere", "nowhere/clip.pt"), ("lab.bench --pixels=100", "--pixels"),
-    ("lab.bench --n_embd=100", "--n_head"), ("lab.bench --grid=2", "--grid"),
-    ("lab.bench --out=thin.png", "thin.png"), ("lab.bench --codes=64", "--codebook_size"),
+    ("lab.evaluate --judge=nowhere.pt", "nowhere.pt"), ("lab.ablate --seeds=0", "--seeds"),
+    ("lab.ablate --models=nowhere", "nowhere/clip.pt"), ("lab.bench --codes=64", "--codebook_size"),
 ]
 
 
@@ -286,8 +335,6 @@ def test_bad_input_ends_in_one_line_and_changes_nothing(world, tmp_path_factory,
     d = tmp_path_factory.getbasetemp() / "lab_bad"
     if not d.exists():
         link_world(world[0], d)
-        (d / "empty").mkdir()
-        Image.new("L", (1, 1000)).save(d / "thin.png")
     before = snapshot(d)
     script, *args = line.split()
     if script == "lab.evaluate":
