@@ -189,8 +189,9 @@ def draw_unseen(demo, out):
         return texts[rows].mean(0)
     sums = torch.stack([mean_of(c, None) + mean_of(None, o) - mean_of(None, None)
                         for c, o in UNSEEN])
-    own, sums = [pairs.index(pair) for pair in UNSEEN], F.normalize(sums, dim=-1)  # (12, D)
-    hits, cosine = (sums @ texts.T).argmax(1) == torch.tensor(own), (sums * texts[own]).sum(1).mean()
+    own, sums = [pairs.index(p) for p in UNSEEN], F.normalize(sums, dim=-1)       # (12, D)
+    hits = (sums @ texts.T).argmax(1) == torch.tensor(own)
+    cosine = (sums * texts[own]).sum(1).mean()
     print(f"unseen: cosine of a prompt to the sum of its parts {cosine:.3f}, to any prompt "
           f"{(texts[own] @ texts.T).mean():.2f}; the sum is nearest to its own prompt of all "
           f"{len(texts)} in {hits.sum()} of {len(own)}")

@@ -26,9 +26,12 @@ def tile(image, text="", side=96, mark=None, cells=4):
 
 
 def to_palette(sheet, colours):
-    """An image in the colours that stand for all of it best, found on a ninth of its pixels."""
+    """An image in the colours that stand for all of it best, found on a ninth of its pixels; white
+    and black stay as they are."""
     small = sheet.resize((sheet.width // 3, sheet.height // 3), Image.Resampling.NEAREST)
-    palette = small.quantize(colours, kmeans=2, dither=Image.Dither.NONE)
+    best = small.quantize(colours - 2, kmeans=2, dither=Image.Dither.NONE).getpalette()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([255, 255, 255, 0, 0, 0, *best[:3 * (colours - 2)]])
     return sheet.quantize(palette=palette, dither=Image.Dither.NONE)
 
 

@@ -21,6 +21,7 @@ from lab import bench, metrics
 from lab.bench_sampling import measure_sampling, plain_in, time_on_gpu
 from lab.painter import make_painter, shift, with_shifted_text_mean
 from tests.helpers import (
+    cached_logits,
     one_line_error,
     rand,
     randn,
@@ -29,6 +30,7 @@ from tests.helpers import (
     snapshot,
     stage_error,
     tiny_gpt,
+    tokens_for,
 )
 from tests.inprocess import call_error, call_stage, link_world
 
@@ -291,13 +293,15 @@ def test_bench_times_every_token_on_a_gpu(monkeypatch, capsys):
 
 
 def test_bench_call_by_call_is_the_plain_network_in_half_precision():
-    gpt, cond, uniform = tiny_gpt(), F.normalize(randn(2, 24), dim=-1), rand(2, 16)
-    plain = plain_in(gpt, torch.bfloat16)
+    gpt, cond = tiny_gpt(), F.normalize(randn(2, 24), dim=-1)
+    plain, tokens = plain_in(gpt, torch.bfloat16), tokens_for(gpt, 2)
     assert plain.blocks[0].fc.weight.dtype == plain.new_caches(2).dtype == torch.bfloat16
     assert gpt.blocks[0].fc.weight.dtype == plain.ln_f.weight.dtype == torch.float32
+    exact = cached_logits(gpt, cond, tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        tokens = plain.generate(cond, uniform, 2.0)
-    assert (tokens == gpt.generate(cond, uniform, 2.0)).float().mean() > 0.8
+        assert plain.generate(cond, rand(2, 16), 2.0).shape == (2, 16)
+        rounded = cached_logits(plain, cond, tokens).float()
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
 
 
 def test_bench_makes_its_data_where_nothing_else_lies(tmp_path, capsys):
@@ -351,7 +355,7 @@ def test_slow_ablations_in_miniature(world, tmp_path):
     d, _ = world
     args = ["-m", "lab.ablate", "--only=noise 2,2 crops,256 codes,guidance 6", "--seeds=2",
             "--max_steps=20", "--n=1", "--vqgan_steps=160", f"--out={tmp_path}/ablations"]
-    output = run_stage(*args, cwd=d, timeout=900).stdout
+    output = run_stage(*args, cwd=d, timeout=1800).stdout
     runs = json.loads((tmp_path / "ablations/ablations.json").read_text())["runs"]
     names = ["reference", "noise 2", "2 crops an image", "256 codes", "guidance 6 when sampling"]
     found = sorted({(run["name"], run["seed"]) for run in runs})
