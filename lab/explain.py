@@ -192,6 +192,7 @@ def main():
     if cfg.curves:
         draw_curves(cfg.curves, Path(cfg.curves, "curves.png"))
         return print(f"wrote {cfg.curves}/curves.png")
+    torch.set_num_threads(1)  # networks this small are hardly faster on two
     demo, out = load_demo(cfg), Path(cfg.out)
     first.draw_steps(demo, out, cfg.models)
     first.draw_usage(demo, out, cfg.models)

@@ -15,7 +15,7 @@ import vqgan
 from common.options import check_range, format_command, parse_options, same
 from common.runtime import Runtime
 from tests.helpers import ROOT, one_line_error, stage_environment
-from tests.inprocess import call_error, call_stage
+from tests.inprocess import call_error, call_stage, without_privileges
 
 STAGES = {"toy.py": toy, "vqgan.py": vqgan, "prepare.py": prepare, "train_gpt.py": train_gpt,
           "sample.py": sample}
@@ -139,7 +139,7 @@ PATHS = [("toy.py", "data"), ("toy.py", "out"), ("vqgan.py", "data"), ("vqgan.py
 
 @pytest.mark.parametrize("script, option", PATHS)
 def test_a_path_that_cannot_be_looked_at_is_one_line(world, tmp_path, script, option):
-    """C14: names over 255 bytes, and a file where a folder is needed."""
+    """C14: names over 255 bytes, a file where a folder is needed, a closed folder."""
     value = f"{LONG}.png" if option in ("image", "out") else LONG
     words = ["a bus"] if script == "sample.py" and option not in ("image", "texts") else []
     words += [f"--out={tmp_path}/x.png"] if option != "out" else []
@@ -147,6 +147,14 @@ def test_a_path_that_cannot_be_looked_at_is_one_line(world, tmp_path, script, op
     below = f"data/toy/world.json/x{'.png' if option in ('image', 'out') else ''}"
     line = call_error(script, *words, f"--{option}={below}", cwd=world[0])
     assert "data/toy/world.json" in line
+    if sys.platform == "linux":
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0)
+        with without_privileges():
+            value = closed / f"x{'.png' if option in ('image', 'out') else ''}"
+            line = call_error(script, *words, f"--{option}={value}", cwd=world[0])
+        closed.chmod(0o700)
+        assert "ermission denied" in line and "closed" in line and not list(closed.iterdir())
 
 
 def test_a_file_of_prompts(world, tmp_path):

@@ -1,4 +1,5 @@
 """Processes: workers, memory, what a closed or full output does, terminals, two at once."""
+import contextlib
 import errno
 import fcntl
 import os
@@ -24,6 +25,7 @@ import train_gpt
 import vqgan
 from common import process
 from common.batches import ImageBatches
+from common.images import save_each, save_grid
 from common.runtime import Runtime
 from tests.helpers import (
     GPT_OPTIONS,
@@ -196,11 +198,12 @@ def test_a_failing_output_ends_no_training(world, tmp_path):
     closed: trained to the end, exit code 0, nothing on stderr; the same images from sample.py."""
     train = stage_command("train_gpt.py", *changed(GPT_OPTIONS, max_steps=30, eval_every=5))
     draw = stage_command("sample.py", "a red bus", "--n=2", "--candidates=3")
-    endings = {"head": "| head -1", "full": "> /dev/full", "closed": ">&-", "both": ">&- 2>&-"}
+    endings = {"head": "| head -1", "full": "> /dev/full", "both": ">&- 2>&-"}
     jobs = {f"t-{name}": f"{shlex.join([*train, f'--out={tmp_path}/{name}'])} {ending}"
             for name, ending in endings.items()}
+    draws = {"head": "| head -1", "closed": ">&-"}
     jobs |= {f"s-{name}": f"{shlex.join([*draw, f'--out={tmp_path}/{name}.png'])} {ending}"
-             for name, ending in endings.items() if name != "closed"}
+             for name, ending in draws.items()}
 
     def run(line):
         return subprocess.run(["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"], cwd=world[0],
@@ -212,9 +215,9 @@ def test_a_failing_output_ends_no_training(world, tmp_path):
     for name in endings:
         assert len(read_log(tmp_path / name / "gpt.jsonl")) == 36  # 30 steps, 6 validations
         assert load_raw(tmp_path / name / "gpt.pt")["step"] <= 30
-    images = {tuple(p.read_bytes() for p in sorted((tmp_path / name).glob("*.png")))
-              for name in endings if name != "closed"}
-    assert len(images) == 1 or not next(iter(images))
+    images = {tuple(p.read_bytes() for p in sorted((tmp_path / name).glob("[0-9]*.png")))
+              for name in draws}
+    assert len(images) == 1 and len(next(iter(images))) == 2
 
 
 def test_a_log_that_cannot_be_written_ends_no_training(world, tmp_path):
@@ -300,10 +303,22 @@ def test_a_terminal_shows_messages_apart_from_a_bar_one_can_see(world, tmp_path)
 
 def test_two_samples_at_once_with_one_out(world, tmp_path):
     """C24: both end well, and what is there is whole."""
-    jobs = [(["sample.py", prompt, "--n=3", "--seed=1", f"--out={tmp_path}/s.png"], world[0], 0)
-            for prompt in ("a red bus", "a red bus", "a blue fish", "a red bus")]
+    jobs = [(["sample.py", "a red bus", "--n=3", f"--out={tmp_path}/s.png"], world[0], 0)] * 2
     for done in run_stages(*jobs):
         assert "wrote" in done.stdout and not done.stderr
+    assert len(list(tmp_path.rglob("*.png"))) == 4
+    children, images = [], [Image.new("RGB", (16, 16), "red")] * 3
+    for child in range(2):  # and for a while, each with names of its own
+        children.append(os.fork())
+        if not children[-1]:
+            code = 1
+            with contextlib.suppress(Exception):
+                for i in range(30):
+                    save_each(tmp_path / "s", [f"{child}{i % 3}{x}.png" for x in "abc"], images)
+                    save_grid(tmp_path / "s.png", [images], ["red"])
+                code = 0
+            os._exit(code)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert not list(tmp_path.rglob("*clipgen*"))
     for path in tmp_path.rglob("*.png"):
         with Image.open(path) as image:

@@ -11,6 +11,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import count
 from unittest import mock
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 
 import prepare
 import train_gpt
-from common import runtime
+from common import progress, runtime
 from common.checkpoints import load_gpt, write_checkpoint
 from common.dumps import open_dump
 from common.files import hash_state
@@ -35,7 +36,6 @@ from tests.helpers import (
     load_raw,
     read_log,
     run_stage,
-    run_stages,
     save_checkpoint,
     slow,
     snapshot,
@@ -132,24 +132,52 @@ def test_slow_killed_at_random_moments(world, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path):
     """Killed by the system (SIGKILL) at its first checkpoint, the same command ends with the
     uninterrupted weights."""
-    d, run = world[0], ["train_gpt.py", *GPT_OPTIONS, f"--out={tmp_path}"]
-    child = start_stage(*run, cwd=d, stdout=subprocess.DEVNULL)
-    while child.poll() is None and not (tmp_path / "gpt.ckpt").exists():
+    d, args = world[0], changed(GPT_OPTIONS, dtype="float32", max_steps=30)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    call_stage("train_gpt.py", *args, f"--out={whole}", cwd=d)
+    child = start_stage("train_gpt.py", *args, f"--out={killed}", cwd=d, stdout=subprocess.DEVNULL)
+    while child.poll() is None and not (killed / "gpt.ckpt").exists():
         pass
     child.kill()
     child.wait()
-    step = load_raw(tmp_path / "gpt.ckpt")["step"]
-    assert not (tmp_path / "gpt.pt").exists(), "finished before it could be killed"
-    with mock.patch.object(runtime, "bfloat16_pays", lambda: "bfloat16" not in made_in(d)):
-        done = call_stage(*run, cwd=d)  # auto takes the dtype that the run was begun in
-    assert f"going on from {tmp_path}/gpt.ckpt, step {step}" in done.stdout
-    assert_same_weights(tmp_path / "gpt.ckpt", d / "out/toy/gpt.ckpt", "model", "ema")
-    assert_same_weights(tmp_path / "gpt.pt", d / "out/toy/gpt.pt", "ema")
-    assert without_rates(tmp_path / "gpt.jsonl") == without_rates(d / "out/toy/gpt.jsonl")
+    step = load_raw(killed / "gpt.ckpt")["step"]
+    assert not (killed / "gpt.pt").exists(), "finished before it could be killed"
+    done = call_stage("train_gpt.py", *args, f"--out={killed}", cwd=d)
+    assert f"going on from {killed}/gpt.ckpt, step {step}" in done.stdout
+    assert_same_run(killed, whole)
 
 
-def made_in(d):
-    return load_raw(d / "out/toy/gpt.ckpt")["computed"]
+def assert_same_run(a, b):
+    """Two runs of the GPT: state, result and log."""
+    assert_same_weights(a / "gpt.ckpt", b / "gpt.ckpt", "model", "ema")
+    assert_same_weights(a / "gpt.pt", b / "gpt.pt", "ema")
+    assert without_rates(a / "gpt.jsonl") == without_rates(b / "gpt.jsonl")
+
+
+def test_a_run_goes_on_in_the_dtype_it_was_begun_in(world, tmp_path):
+    """--dtype=auto measures what is faster; the second time that may be another."""
+    args = ["train_gpt.py", *GPT_OPTIONS, "--dtype=auto"]
+    with mock.patch.object(runtime, "bfloat16_pays", lambda: True):
+        call_stage(*args, f"--out={tmp_path}/whole", cwd=world[0])
+        with stopping_at(2):
+            out = call_stage(*args, f"--out={tmp_path}/two", cwd=world[0], code=130).stdout
+    assert f"saved {tmp_path}/two/gpt.ckpt; the same command goes on from there" in out
+    with mock.patch.object(runtime, "bfloat16_pays", lambda: False):
+        out = call_stage(*args, f"--out={tmp_path}/two", cwd=world[0]).stdout
+    assert "step 2" in out and "cpu, bfloat16" in out
+    assert_same_run(tmp_path / "two", tmp_path / "whole")
+
+
+def stopping_at(number):
+    """The GPT's training gets a SIGTERM in the step of that number."""
+    step, calls = train_gpt.train_step, []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+    return mock.patch.object(train_gpt, "train_step", stop)
 
 
 def wait_for(path, child):
@@ -196,7 +224,7 @@ def test_the_same_command_says_finished_and_another_config_is_refused(world):
                 ["train_gpt.py", *GPT_OPTIONS, "--out=out/toy"], ["prepare.py", *PREPARE_OPTIONS]]
     for script, *args in commands:
         same = call_stage(script, *args, cwd=d)
-        assert "is finished" in same.stdout
+        assert "is finished" in same.stdout and "has changed" not in same.stdout
         name, value = ("crops", 1) if script == "prepare.py" else ("batch_size", 4)
         line = call_error(script, *changed(args, **{name: value}), cwd=d)
         assert f"{name}=" in line and "--out" in line
@@ -256,10 +284,12 @@ def test_a_run_made_without_an_option_goes_on_with_its_default(world, tmp_path):
 def test_dry_runs_say_what_a_run_would_take_and_write_nothing(world):
     d = world[0]
     before = snapshot(d)
-    jobs = [([f"{script}.py", *changed(args, max_steps=1000, out="out/dry", dry_run=True)], d, 0)
-            for script, args in TRAINERS.items()]
-    for out in (done.stdout for done in run_stages(*jobs)):
+    for script, args in TRAINERS.items():
+        args, seconds = changed(args, max_steps=1000, out="out/dry", dry_run=True), count()
+        with mock.patch.object(progress.time, "perf_counter", lambda: float(next(seconds))):
+            out = call_stage(f"{script}.py", *args, cwd=d).stdout
         assert "GiB" in out and "steps/s" in out and "hours" in out and "M parameters" in out
+        assert "1 steps/s" in out and "8 rows/s" in out  # by a clock that counts the steps
         assert "nothing was written" in out
     run = [*PREPARE_OPTIONS, "--dry_run=True", "--out=out/dry"]
     out = call_stage("prepare.py", *run, cwd=d).stdout
@@ -300,7 +330,7 @@ def test_unreadable_images_are_replaced_at_random(world, tmp_path):
     assert done.stdout.count("skipped ") == 2, done.stdout  # too few pixels, and no image
     assert "too few for 32" in done.stdout
     line = call_error("vqgan.py", *run, "--max_bad=0.2", f"--out={tmp_path}/w", cwd=world[0])
-    assert "more than --max_bad=0.2" in line and "too few for 32" in line
+    assert "--max_bad=0.2" in line and "too few for 32" in line
 
 
 # ------------------------------------------------------------- longer, anew, from other weights
@@ -349,25 +379,17 @@ def test_fresh_replaces_a_run_and_says_what(world, tmp_path):
     call_stage("train_gpt.py", *other, f"--out={tmp_path}/b", cwd=d)
     out = call_stage("train_gpt.py", *args, f"--out={tmp_path}/b", "--fresh=True", cwd=d).stdout
     assert f"--fresh=True: a new run replaces {tmp_path}/b/gpt.ckpt" in out
-    for name in ("gpt.pt", "gpt.ckpt"):
-        assert_same_weights(tmp_path / "a" / name, tmp_path / "b" / name, "ema")
-    assert without_rates(tmp_path / "a/gpt.jsonl") == without_rates(tmp_path / "b/gpt.jsonl")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
     assert "is finished" in call_stage("train_gpt.py", *args, f"--out={tmp_path}/b", cwd=d).stdout
 
-    def stop_at_second(state, *others):
-        stop_at_second.steps += 1
-        if stop_at_second.steps == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(state, *others)
-    step, stop_at_second.steps = train_gpt.train_step, 0
-    with mock.patch.object(train_gpt, "train_step", stop_at_second):
+    with stopping_at(2):
         out = call_stage("train_gpt.py", *other, f"--out={tmp_path}/b", "--fresh=True", cwd=d,
                          code=130).stdout
     assert "the same command without --fresh goes on" in out
     assert not (tmp_path / "b/gpt.pt").exists()  # the old run's result, not this one's
     call_stage("train_gpt.py", *other, f"--out={tmp_path}/b", cwd=d)
     call_stage("train_gpt.py", *other, f"--out={tmp_path}/c", cwd=d)
-    assert_same_weights(tmp_path / "c/gpt.pt", tmp_path / "b/gpt.pt", "ema")
+    assert_same_run(tmp_path / "b", tmp_path / "c")
     (tmp_path / "c/gpt.ckpt").unlink()
     before = snapshot(tmp_path / "c")
     line = call_error("train_gpt.py", *other, f"--out={tmp_path}/c", cwd=d)
@@ -423,7 +445,6 @@ def test_edited_code_is_said_in_one_line(world, tmp_path):
     def run(script, *args, code=0):
         return run_stage(tree / script, *args, cwd=d, code=code, PYTHONPATH=str(tree))
     gpt = [*GPT_OPTIONS, "--out=out/toy"]
-    assert "has changed" not in run("train_gpt.py", *gpt).stdout
     text = (tree / "train_gpt.py").read_text()
     (tree / "train_gpt.py").write_text(text + "\n# edited\n")
     finished = run("train_gpt.py", *gpt).stdout
@@ -476,7 +497,7 @@ def test_save_comes_before_drawing(world, tmp_path):
 def test_a_moved_folder_draws(world, tmp_path):
     """`out/` copied elsewhere samples from another working directory, the very same images; the
     message names both places where a network was looked for."""
-    d = world[0]
+    d = link_world(world[0], tmp_path / "w")
     call_stage("sample.py", "a red bus", "--n=2", f"--out={tmp_path}/here.png", cwd=d)
     shutil.copytree(d / "out/toy", tmp_path / "moved/run")
     (tmp_path / "elsewhere").mkdir()
@@ -496,7 +517,6 @@ def test_a_moved_folder_draws(world, tmp_path):
     line = call_error("sample.py", "a bus", "--gpt=run/gpt.pt", cwd=tmp_path / "all")
     assert "run/vqgan.pt" in line and "out/toy/vqgan.pt" in line and "--vqgan=FILE" in line
     # another network under the name is not taken for it
-    torch.save(load_raw(d / "out/toy/vqgan.ckpt"), tmp_path / "x.pt")
     other = load_raw(d / "out/toy/vqgan.pt")
     ema = {k: v + 0.01 for k, v in other["ema"].items()}
     save_checkpoint(tmp_path / "all/run/vqgan.pt", other, ema=ema, sha256=hash_state(ema))
@@ -505,6 +525,17 @@ def test_a_moved_folder_draws(world, tmp_path):
     shutil.copy(d / "out/toy/vqgan.pt", tmp_path / "all/out/toy/vqgan.pt")
     call_stage("sample.py", "a bus", "--n=1", "--gpt=run/gpt.pt", "--out=s.png",
                cwd=tmp_path / "all")
+    # a linked run folder is found (C4), and what is trained in one names its VQGAN rightly
+    (tmp_path / "elsewhere/out").mkdir()
+    (tmp_path / "elsewhere/out/linked").symlink_to(tmp_path / "moved/run")
+    out = call_stage("sample.py", "a bus", "--n=1", cwd=tmp_path / "elsewhere").stdout
+    assert "GPT out/linked/gpt.pt" in out
+    (tmp_path / "far/away").mkdir(parents=True)
+    (d / "out/far").symlink_to(tmp_path / "far/away")
+    call_stage("train_gpt.py", *GPT_OPTIONS, "--out=out/far", cwd=d)
+    out = call_stage("sample.py", "a bus", "--n=1", "--gpt=out/far/gpt.pt",
+                     f"--out={tmp_path}/s.png", cwd=d).stdout
+    assert "VQGAN out/far/" in out or "out/toy/vqgan.pt" in out
 
 
 def test_the_best_weights_are_kept_and_overfitting_is_said_once(world, tmp_path):
@@ -542,17 +573,32 @@ def test_a_vqgan_is_kept_from_where_all_its_losses_are_at_work(world, tmp_path):
     """Before quantisation the reconstruction is better, and of no use to anybody."""
     run = changed(VQGAN_OPTIONS, vq_start=5, disc_start=1000, eval_every=2, workers=0,
                   dtype="float32", out=tmp_path / "late")
-    call_stage("vqgan.py", *run, cwd=world[0])
+    out = call_stage("vqgan.py", *run, cwd=world[0]).stdout
     log = read_log(tmp_path / "late/vqgan.jsonl")
     losses = {m["step"]: m["val_loss"] for m in log if "val_loss" in m}
     kept = load_raw(tmp_path / "late/vqgan.pt")
     assert kept["step"] in (6, 8) and kept["val_loss"] == pytest.approx(
         min(losses[6], losses[8]), rel=1e-4)
     assert all("psnr" in m for m in log if "val_loss" in m)
+    assert all(("val_codes" in m) == (m["step"] > 5) for m in log if "val_loss" in m)
+    assert "codes" not in [x for x in out.splitlines() if x.startswith("step 2: val_loss")][0]
+    assert "perplexity: " in out and "restarted: " in out  # said once what the words mean
     run = changed(run, disc_start=7, vq_start=2, out=tmp_path / "judged")
     call_stage("vqgan.py", *run, cwd=world[0])
     assert load_raw(tmp_path / "judged/vqgan.pt")["step"] == 8
     assert "adaptive_weight" in read_log(tmp_path / "judged/vqgan.jsonl")[-2]
+
+
+def test_the_validation_loss_is_the_cross_entropy_alone(world, tmp_path):
+    """Whatever else is trained: with a learning rate of 0, so that the weights are the same."""
+    logs = []
+    for weight in (0, 5000):
+        run = changed(GPT_OPTIONS, clip_loss_weight=weight, learning_rate=0, max_steps=1,
+                      dtype="float32", out=tmp_path / str(weight))
+        call_stage("train_gpt.py", *run, cwd=world[0])
+        logs.append(read_log(tmp_path / str(weight) / "gpt.jsonl"))
+    assert logs[0][0]["loss"] < logs[1][0]["loss"] - 0.1
+    assert logs[0][1]["val_loss"] == logs[1][1]["val_loss"]
 
 
 # -------------------------------------------------------------------------------- what it says
