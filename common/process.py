@@ -23,9 +23,10 @@ def exit_on_signal(number, frame):
 
 
 def signals():
-    """The signals that ask a script to stop."""
+    """The signals that ask a script to stop; not those that it was started to ignore (nohup)."""
     names = ("SIGINT", "SIGTERM", "SIGHUP")
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def start_worker(worker=0):

@@ -223,10 +223,9 @@ class Run:
         """Write the stage's result and say so, and `more`; or report a dry run. Returns an exit
         code."""
         if self.stop_requested:
-            if not self.is_dry:
-                without = " without --fresh" if self.cfg["fresh"] else ""
-                self.runtime.print0(f"saved {self.path}; the same command{without} goes on from "
-                                    f"there")
+            without = " without --fresh" if self.cfg["fresh"] else ""
+            self.runtime.print0("stopped; nothing was written" if self.is_dry else
+                                f"saved {self.path}; the same command{without} goes on from there")
             return 130
         if self.is_dry:
             self.runtime.print0(self.timer.report(self.cfg, self.runtime.device))

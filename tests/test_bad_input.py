@@ -201,6 +201,16 @@ def test_embeddings_that_are_not_finite_are_refused(world, tmp_path):
         assert "not all finite" in line
 
 
+def test_the_evaluation_looks_at_everything_before_it_works(world, tmp_path):
+    """C25: without the dump it stops, and trains no judge first."""
+    d = link_world(world[0], tmp_path / "w")
+    shutil.rmtree(d / "data/toy_tokens")
+    before = snapshot(d)
+    line = call_error("lab.evaluate", "--n=1", "--judge_steps=1", cwd=d)
+    assert "there is no dump in data/toy_tokens" in line
+    assert snapshot(d) == before
+
+
 def test_a_world_of_another_size_or_seed_is_not_overwritten(world, tmp_path):
     before = snapshot(world[0] / "data")
     for change in ("--image_size=64", "--train_images=10"):

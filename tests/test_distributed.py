@@ -53,7 +53,7 @@ def test_two_processes_prepare_the_same_files_and_train_the_same_vqgan(world, tm
     # between two codes, as some do of other seeds
     args = changed(VQGAN_OPTIONS, dtype="float32", max_steps=6, disc_start=2, eval_every=100,
                    warmup=1, learning_rate=1e-3, vq_start=0, seed=3)
-    run_stage("vqgan.py", *args, f"--out={tmp_path}/one", cwd=d)
+    call_stage("vqgan.py", *args, f"--out={tmp_path}/one", cwd=d)
     run_stage(*TORCHRUN, ROOT / "vqgan.py", *args, f"--out={tmp_path}/two", cwd=d)
     one, two = (load_raw(tmp_path / n / "vqgan.ckpt") for n in ("one", "two"))
     for part in ("model", "disc"):

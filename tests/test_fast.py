@@ -29,7 +29,16 @@ from tests.helpers import (
     tokens_for,
 )
 
-HALF_ON_CPU = torch.float32, torch.bfloat16
+CPU_DTYPES = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def one_thread():
+    """Threads would wait for each other where other processes are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def generator_for(gpt, dtype):
@@ -55,12 +64,12 @@ def test_accelerated_sampling_is_the_same_network(shape, guidance):
     model = tiny_gpt(**shape)
     cond, tokens = model.condition(randn(3, 24)), tokens_for(model, 3)
     exact = plain_logits(model, cond, tokens, guidance)
-    full, half = (generator_for(model, dtype) for dtype in HALF_ON_CPU)
+    full, half = (generator_for(model, dtype) for dtype in CPU_DTYPES)
     limit = 1e-5 * exact.abs().max() * guidance
     assert (cached_logits(full, cond, tokens, guidance) - exact).abs().max() <= limit
     error = relative_error(cached_logits(half, cond, tokens, guidance), exact)
     assert 0 < error < 0.02 * guidance  # bfloat16 has 8 bits
-    for generator, dtype in zip((full, half), HALF_ON_CPU):
+    for generator, dtype in zip((full, half), CPU_DTYPES):
         packed = [*generator.layers, generator.cond_proj]
         assert len(packed) == 4 * 3 + 2 and {layer.dtype for layer in packed} == {dtype}
         assert {layer.bias.dtype for layer in packed} == {dtype}
@@ -73,6 +82,7 @@ def test_accelerated_sampling_is_the_same_network(shape, guidance):
     assert (alone_full - exact).abs().max() <= limit  # laid out anew for one row
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("options", [{}, {"top_k": 20, "top_p": 0.9}, {"temperature": 0.0}])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_accelerated_tokens_are_the_plain_networks(guidance, options):
@@ -84,6 +94,7 @@ def test_accelerated_tokens_are_the_plain_networks(guidance, options):
         assert torch.equal(tokens, model.generate(*args[0], **args[1]))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_an_accelerated_image_does_not_depend_on_its_neighbours():
     model, e = tiny_gpt(), randn(1, 24)
     model.spread.copy_(randn(24, 24, seed=5) / 10)
@@ -142,7 +153,8 @@ def without_compiler(monkeypatch, command):
 
 
 @pytest.mark.parametrize("command, reason", [
-    (["no-such-compiler"], "no-such-compiler"), (["cc", "--no-such-option", "-o"], "no-such-option")])
+    (["no-such-compiler"], "no-such-compiler"),
+    (["cc", "--no-such-option", "-o"], "no-such-option")])
 def test_without_a_compiler_sampling_is_the_same_network(command, reason, monkeypatch):
     model = tiny_gpt()
     cond, tokens = model.condition(randn(3, 24)), tokens_for(model, 3)
@@ -155,7 +167,8 @@ def test_without_a_compiler_sampling_is_the_same_network(command, reason, monkey
         assert 0 < error < 0.02 * guidance
 
 
-@pytest.mark.parametrize("dtype", HALF_ON_CPU)
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
 def test_accelerate_leaves_the_network_as_it_was(dtype):
     model = tiny_gpt()
     cond, uniform = model.condition(randn(3, 24)), rand(3, 16)
@@ -210,7 +223,7 @@ def edited_model(folder, edit):
     """model.py with an edit made in it, as a module."""
     old, new, _ = EDITS[edit]
     source = (ROOT / "model.py").read_text()
-    assert source.count(old) == 1, f"model.py has changed: this test's edit of {old!r} finds no place"
+    assert source.count(old) == 1, f"model.py has changed: the edit of {old!r} finds no place"
     path = folder / "edited_model.py"
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("edited_model", path)
@@ -223,7 +236,8 @@ def edited_model(folder, edit):
 def edited_gpt(folder, edit, **changes):
     module = edited_model(folder, edit)
     torch.manual_seed(0)
-    shape = {"codebook_size": 48, "grid": 4, "cond_dim": 24, "n_layer": 3, "n_head": 4, "n_embd": 64}
+    shape = {"codebook_size": 48, "grid": 4, "cond_dim": 24, "n_layer": 3, "n_head": 4,
+             "n_embd": 64}
     return fill_constants(module.GPT(module.GPTConfig(**shape | changes)).eval())
 
 
@@ -246,6 +260,7 @@ def check_edited(gpt, dtype, follows, capsys, lines=0):
     return generator
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("path", ["float32", "bfloat16", "bfloat16 without C"])
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_network_is_followed_or_the_plain_one_samples(edit, path, tmp_path, monkeypatch,
@@ -274,8 +289,9 @@ def test_where_accelerating_fails_the_plain_network_samples(monkeypatch, capsys)
 
 def test_logits_that_are_not_finite_fall_back(monkeypatch, capsys):
     model = tiny_gpt()
-    monkeypatch.setattr(CPUGenerator, "forward_embeddings",
-                        lambda self, x, caches, pos=0: torch.full((len(x), x.shape[1], 48), torch.nan))
+    def no_numbers(self, x, caches, pos=0):
+        return torch.full((len(x), x.shape[1], 48), torch.nan)
+    monkeypatch.setattr(CPUGenerator, "forward_embeddings", no_numbers)
     assert accelerate(model, torch.float32) is model
     assert capsys.readouterr().out.count("\n") == 1
 

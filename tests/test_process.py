@@ -7,10 +7,12 @@ import pty
 import re
 import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +25,7 @@ from PIL import Image
 
 import train_gpt
 import vqgan
-from common import process
+from common import openai_clip, process
 from common.batches import ImageBatches
 from common.images import save_each, save_grid
 from common.runtime import Runtime
@@ -43,7 +45,7 @@ from tests.helpers import (
 from tests.inprocess import call_error, call_stage, changed
 from tests.test_files import can_mount
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers only decode")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
 def state_of(pid):
@@ -157,6 +159,7 @@ def test_no_memory_is_one_line_that_names_the_checkpoint(world, tmp_path, error)
             call_stage(*run, cwd=world[0])
 
 
+@linux
 def test_a_real_lack_of_memory_is_one_line(world, tmp_path):
     """The address space is limited to what importing torch takes and half a GiB."""
     code = ("import resource, runpy, sys, torch; sys.path.insert(0, sys.argv[1]); "
@@ -193,6 +196,7 @@ def test_prepare_goes_on_with_fewer_workers_and_rows(world, tmp_path):
 # ------------------------------------------------------------------------------------ the output
 
 
+@linux
 def test_a_failing_output_ends_no_training(world, tmp_path):
     """C16 and C18: nobody reads on (| head -1), a full disk behind the log, a closed stdout, both
     closed: trained to the end, exit code 0, nothing on stderr; the same images from sample.py."""
@@ -296,6 +300,34 @@ def test_a_terminal_shows_messages_apart_from_a_bar_one_can_see(world, tmp_path)
     assert [line.split(":")[0] for line in messages] == [f"step {i}" for i in
                                                          (100, 200, 300, 400)], screen
     assert not any("%|" in line for line in screen) and screen[-1].startswith("wrote ")
+
+
+@pytest.mark.parametrize("answer, says", [
+    (b"this is no HTTP at all", "could not download"), (b"", "could not download"),
+    (b"HTTP/1.0 404 Not Found\r\n\r\n", "could not download"),
+    (b"HTTP/1.0 200 OK\r\n\r\n<html>log in to the network first</html>", "damaged")],
+    ids=["garbage", "nothing", "404", "page"])
+def test_a_download_answered_by_something_else_is_one_line(world, tmp_path, monkeypatch, answer,
+                                                           says):
+    """C18: a proxy, a login page, a printer; nothing of it is kept."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        connection = server.accept()[0]
+        connection.recv(4096)
+        connection.sendall(answer)
+        connection.close()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(openai_clip, "CLIP_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+    done = call_stage("vqgan.py", "--clip=RN50", f"--out={tmp_path}/v", cwd=world[0], code=2)
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and says in line and "RN50" in line
+    thread.join()
+    server.close()
+    assert not list((tmp_path / ".cache/clip").iterdir())
 
 
 # ---------------------------------------------------------------------------------- two at once

@@ -132,7 +132,7 @@ def test_slow_killed_at_random_moments(world, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path):
     """Killed by the system (SIGKILL) at its first checkpoint, the same command ends with the
     uninterrupted weights."""
-    d, args = world[0], changed(GPT_OPTIONS, dtype="float32", max_steps=30)
+    d, args = world[0], changed(GPT_OPTIONS, dtype="float32", max_steps=30, eval_every=10)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     call_stage("train_gpt.py", *args, f"--out={whole}", cwd=d)
     child = start_stage("train_gpt.py", *args, f"--out={killed}", cwd=d, stdout=subprocess.DEVNULL)
@@ -168,14 +168,25 @@ def test_a_run_goes_on_in_the_dtype_it_was_begun_in(world, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "whole")
 
 
-def stopping_at(number):
-    """The GPT's training gets a SIGTERM in the step of that number."""
+def test_nohup_is_respected(world, tmp_path):
+    """A script that is started to ignore SIGHUP goes on when the session ends."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping_at(2, signal.SIGHUP):
+            call_stage("train_gpt.py", *GPT_OPTIONS, f"--out={tmp_path}", cwd=world[0])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert load_raw(tmp_path / "gpt.ckpt")["step"] == 6
+
+
+def stopping_at(number, with_signal=signal.SIGTERM):
+    """The GPT's training gets a signal in the step of that number."""
     step, calls = train_gpt.train_step, []
 
     def stop(*args):
         calls.append(1)
         if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), with_signal)
         return step(*args)
     return mock.patch.object(train_gpt, "train_step", stop)
 
@@ -210,7 +221,7 @@ def test_a_polite_kill_saves_first_and_a_folder_in_use_is_refused(world, tmp_pat
     time.sleep(0.2)
     child.terminate()
     out = child.communicate(timeout=60)[0]
-    assert child.returncode == 130 and "goes on" not in out and "saved" not in out
+    assert child.returncode == 130 and "nothing was written" in out and "goes on" not in out
     assert not (tmp_path / "gpt.jsonl").exists()
 
 
@@ -566,6 +577,8 @@ def test_the_best_weights_are_kept_and_overfitting_is_said_once(world, tmp_path)
                             torch.from_numpy(np.array(rows[1]).astype(np.float32)),
                             runtime.Runtime("cpu", "float32"))
     assert again == pytest.approx(losses[best], abs=1e-4)
+    call_stage("sample.py", "a bus", "--n=1", f"--gpt={tmp_path}/run/gpt.pt",
+               f"--out={tmp_path}/s.png", cwd=d)
     assert math.log(64) == pytest.approx(read_log(tmp_path / "run/gpt.jsonl")[0]["ln_K"], rel=1e-5)
 
 
@@ -582,6 +595,7 @@ def test_a_vqgan_is_kept_from_where_all_its_losses_are_at_work(world, tmp_path):
     assert all("psnr" in m for m in log if "val_loss" in m)
     assert all(("val_codes" in m) == (m["step"] > 5) for m in log if "val_loss" in m)
     assert "codes" not in [x for x in out.splitlines() if x.startswith("step 2: val_loss")][0]
+    assert " min left" in out
     assert "perplexity: " in out and "restarted: " in out  # said once what the words mean
     run = changed(run, disc_start=7, vq_start=2, out=tmp_path / "judged")
     call_stage("vqgan.py", *run, cwd=world[0])

@@ -1,6 +1,6 @@
-"""The GPU's kernels and its sampling loop by Triton's interpreter: needs TRITON_INTERPRET=1 from the
-start. tests/test_fast.py runs this file in a process of its own. Shapes are tiny: a program of a
-kernel takes milliseconds here."""
+"""The GPU's kernels and its sampling loop by Triton's interpreter: needs TRITON_INTERPRET=1 from
+the start. tests/test_fast.py runs this file in a process of its own. Shapes are tiny: a program of
+a kernel takes milliseconds here."""
 import contextlib
 import types
 
@@ -18,7 +18,7 @@ from model import GPT, sample_token
 from tests.helpers import cached_logits, plain_logits, rand, randn, tiny_gpt, tokens_for
 from tests.test_fast import EDITS, check_edited, edited_gpt
 
-HALF = torch.float32, torch.float16
+DTYPES = torch.float32, torch.float16
 
 
 class Recording:
@@ -58,10 +58,10 @@ def small_gpt(**changes):
     return tiny_gpt(**{"n_embd": 48, "n_head": 2, "n_layer": 2, "grid": 2} | changes)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("rows, shape", [(1, {"grid": 4}), (3, {}), (17, {"n_layer": 1}),
-                                         (2, {"n_embd": 272, "n_layer": 1}), (1, {"n_embd": 36}),
-                                         (2, {"n_prefix": 2})])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, shape", [
+    (1, {"grid": 4, "n_layer": 1}), (3, {}), (17, {"n_layer": 1}),
+    (2, {"n_embd": 272, "n_layer": 1}), (1, {"n_embd": 36}), (2, {"n_prefix": 2})])
 def test_network(rows, shape, dtype):
     gpt = small_gpt(**shape)
     cond, tokens = gpt.condition(randn(rows, 24)), tokens_for(gpt, rows)
@@ -129,7 +129,7 @@ def test_sample_kernel(guidance, rows, n_prefix):
     (2.0, {"negative": randn(3, 24, seed=9)})])
 @pytest.mark.parametrize("n_prefix", [1, 2])
 def test_generate(guidance, options, n_prefix, capsys):
-    gpt = small_gpt(n_prefix=n_prefix)
+    gpt = small_gpt(n_prefix=n_prefix, n_layer=1)
     args = gpt.condition(randn(3, 24)), rand(3, 4), guidance
     generator = GPUGenerator(gpt, torch.float32)
     tokens = generator.generate(*args, **{"temperature": 0.7} | options)
