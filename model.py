@@ -247,7 +247,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def kmeans(self, z, generator, rounds=10):
-        """Set the codebook to k-means centres of at most 16 K of the vectors z (N, d)."""
+        """Set the codebook to k-means centres of at most 16 * K of the vectors z (N, d)."""
         k = len(self.embedding.weight)
         if len(z) > 16 * k:
             z = z[torch.randperm(len(z), generator=generator)[:16 * k].to(z.device)]
@@ -373,6 +373,7 @@ class Block(nn.Module):
         """x (B, t, C) at positions pos.. -> (B, t, C). A cache (2, B, H, block_size, C/H) only
         lengthens keys and values: theirs are written into it, and all up to them are seen."""
         b, t, c = x.shape
+        assert t == 1 or pos == 0, "behind other positions only one at a time"
         qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.n_head, -1)      # (B, t, 3, H, C/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (B, H, t, C/H)
         if cache is not None:

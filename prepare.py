@@ -52,7 +52,7 @@ class Config:
 
 class Chunks(torch.utils.data.Dataset):
     """Item c: (c, tokens, embeddings, skipped) of images c*chunk.., `skipped` being [[name,
-    reason]]; without `encode`, uint8 crops for VQGAN and CLIP in place of the first two."""
+    reason]]; without `encode`, uint8 crops for VQGAN and CLIP in place of tokens and embeddings."""
 
     def __init__(self, source, names, cfg, size, clip_size, crops, encode=None):
         self.source, self.names, self.cfg, self.encode = source, names, cfg, encode

@@ -46,11 +46,11 @@ class Config:
     n_head: int = 6                  # attention heads
     n_embd: int = 192                # width
     n_prefix: int = 1                # prefix tokens made of the embedding
-    classic: bool = False            # the 2022 network: no centring, noise or dropped conditions
+    classic: bool = False            # the 2022 network (all of 2022: --preset=paper)
     zero_init: bool = True           # each block's last layers and the head start at zero
     dropout: float = 0.0             # of the embeddings and of each block's two outputs
     # condition
-    noise: float = 0.5               # length s of the noise in c = norm(c + s e/|e| + spread)
+    noise: float = 0.5               # length of the noise that is added to the condition
     spread: float = 0.75             # times what images of one meaning differ by: shaped noise
     neighbours: float = 0.01         # share of rows that are of one meaning; chosen on the toy
     center: bool = True              # subtract the mean embedding, of images or of texts
@@ -101,11 +101,11 @@ def neighbour_spread(model, clip_embeds, seed, neighbours=0.01, anchors=256, max
     c = model.condition(embeds.to(model.means.device))                           # (N, D)
     k = min(max(2, round(len(c) * neighbours)), len(c))
     covariance = torch.zeros_like(c[0].outer(c[0]))                              # (D, D)
-    chosen = range(0, len(c), -(-len(c) // anchors))
-    for i in chosen:
+    anchor_rows = range(0, len(c), -(-len(c) // anchors))
+    for i in anchor_rows:
         nearest = c[(c @ c[i]).topk(k).indices]                                  # (k, D)
         nearest = nearest - nearest.mean(0)
-        covariance += nearest.T @ nearest / max(1, len(nearest) - 1) / len(chosen)
+        covariance += nearest.T @ nearest / max(1, len(nearest) - 1) / len(anchor_rows)
     values, vectors = np.linalg.eigh(covariance.cpu().double().numpy())
     root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T                   # (D, D)
     return torch.from_numpy(root.astype(np.float32))
@@ -133,22 +133,25 @@ def make_batches(tokens, clip_embeds, cfg, spread=None, in_thread=False):
         release_pages(tokens, clip_embeds)
         return batch                                                             # (B, T), (B, D)
 
-    def corrupt(step, targets, embeds):
-        rng = np.random.default_rng((cfg.seed, 1, step))
-        noise = rng.standard_normal(embeds.shape, np.float32)                    # (B, D)
-        noise *= cfg.noise / np.linalg.norm(noise, axis=1, keepdims=True)
-        drop = rng.random(cfg.batch_size) < cfg.cond_drop_prob                   # (B,)
-        if spread is not None:
-            normal = torch.from_numpy(rng.standard_normal(embeds.shape, np.float32))
-            noise += cfg.spread * (normal @ spread).numpy()  # numpy's threads would disturb torch's
-        is_wrong = rng.random(targets.shape) < cfg.token_corruption
-        inputs = np.where(is_wrong, np.roll(targets, 1, 0), targets)             # (B, T)
-        return [torch.from_numpy(x) for x in (targets, inputs, embeds, noise, drop)]
-
     if in_thread:
-        return Prefetcher(lambda step: corrupt(step, *read(step)))
+        return Prefetcher(lambda step: corrupt(step, *read(step), spread, cfg))
     prefetched = Prefetcher(read)
-    return lambda step: corrupt(step, *prefetched(step))
+    return lambda step: corrupt(step, *prefetched(step), spread, cfg)
+
+
+def corrupt(step, targets, embeds, spread, cfg):
+    """What makes training harder than the data: noise on the embeddings, part of it of the shape
+    `spread`, rows that lose their condition, wrong input tokens. A function of (seed, step)."""
+    rng = np.random.default_rng((cfg.seed, 1, step))
+    noise = rng.standard_normal(embeds.shape, np.float32)                        # (B, D)
+    noise *= cfg.noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    drop = rng.random(cfg.batch_size) < cfg.cond_drop_prob                       # (B,)
+    if spread is not None:
+        normal = torch.from_numpy(rng.standard_normal(embeds.shape, np.float32))
+        noise += cfg.spread * (normal @ spread).numpy()  # numpy's threads would disturb torch's
+    is_wrong = rng.random(targets.shape) < cfg.token_corruption
+    inputs = np.where(is_wrong, np.roll(targets, 1, 0), targets)                 # (B, T)
+    return [torch.from_numpy(x) for x in (targets, inputs, embeds, noise, drop)]
 
 
 def make_state(gpt_config, meta, clip_embeds, cfg, runtime, is_new):
@@ -191,11 +194,11 @@ def train_step(state, batch, loss_fn, clip_loss, step, cfg, runtime):
         with runtime.autocast():
             loss = loss_fn(cond, targets, None if cfg.classic else drop, inputs)
             loss = loss / cfg.grad_accum_steps
+            total += loss.detach()  # the cross-entropy alone
             if cfg.clip_loss_weight:
                 extra = clip_loss(state.model, cond, targets, embeds)
                 loss = loss + cfg.clip_loss_weight * extra / cfg.grad_accum_steps
         state.scaler.scale(loss).backward()
-        total += loss.detach()
     loss = runtime.all_reduce(total).item() / runtime.world
     norm, is_finite = optimizer_step(state.optimizers(), list(state.model.parameters()), loss,
                                      state.scaler, runtime, cfg.grad_clip)

@@ -60,7 +60,7 @@ class Config:
     mse: float = 1.0                 # weight of the L2 loss beside the L1 loss
     perceptual: float = 0.5          # weight of the distance between CLIP features
     perceptual_shift: int = 0        # CLIP sees both images shifted at random by up to this, pixels
-    vq_start: int = 150              # steps without quantisation; then k-means sets the codebook
+    vq_start: int = 150              # steps without quantisation, then k-means; 0: random codes
     disc_start: int = 1000000        # first step of the discriminator; from max_steps on: never
     disc_weight: float = 0.8         # its weight, times the adaptive weight
     disc_cap: float = 10.0           # upper bound of the adaptive weight
@@ -100,14 +100,17 @@ PRESETS = {  # for --preset
 # ---------------------------------------------------------------------------------------- losses
 
 
-def reconstruction_losses(net, x, clip, features, cfg, quantized):
-    """Images x -> (reconstruction, {name: loss ()}, tokens, encoder outputs)."""
+def reconstruction_losses(net, x, clip, features, cfg, quantized, step=None):
+    """Images x -> (reconstruction, {name: loss ()}, tokens, encoder outputs). In training `step`
+    decides by how much CLIP sees both images shifted."""
     recon, vq_loss, tokens, z = net(x, cfg.beta, quantized)
     recon = recon.float()
     losses = {"pixel": F.l1_loss(recon, x) + cfg.mse * F.mse_loss(recon, x),
               "perceptual": torch.zeros((), device=x.device), "vq": vq_loss}
     if cfg.perceptual:
-        real, fake = random_shift(((x + 1) / 2, (recon + 1) / 2), cfg.perceptual_shift)
+        real, fake = (x + 1) / 2, (recon + 1) / 2
+        if step is not None:
+            real, fake = random_shift((real, fake), cfg.perceptual_shift, (cfg.seed, 2, step))
         with torch.no_grad():
             real = features(clip.normalize(resize(real, clip.size)))
         fake = features(clip.normalize(resize(fake, clip.size)))
@@ -123,7 +126,7 @@ def total_loss(losses, cfg):
 # ----------------------------------------------------------------------------------------- steps
 
 
-def train_step(state, net, x, lossy, step, cfg, runtime):
+def train_step(state, net, x, compute_losses, step, cfg, runtime):
     """One step on images x (B, 3, S, S): encoder, codebook and decoder by the reconstruction,
     perceptual and codebook losses, and from disc_start on the adversarial one, whose opponent takes
     its step too. The batch is worked on in micro-batches. Returns (metrics, is_finite)."""
@@ -134,7 +137,7 @@ def train_step(state, net, x, lossy, step, cfg, runtime):
     state.disc.zero_grad()
     for micro_batch in x.chunk(n):
         with runtime.autocast():
-            recon, losses, tokens, z = lossy(net, micro_batch, quantized)
+            recon, losses, tokens, z = compute_losses(net, micro_batch, quantized, step)
             loss = total_loss(losses, cfg)
         if adversarial:
             loss = adversarial_backward(state, micro_batch, recon, loss, losses, quantized, cfg,
@@ -148,7 +151,7 @@ def train_step(state, net, x, lossy, step, cfg, runtime):
         totals["adaptive_weight"] = state.adaptive_weight.clone()
         update_adaptive_weight(state, cfg, runtime)
 
-    mean_loss = runtime.all_reduce(totals["loss"].clone()).item()
+    mean_loss = runtime.all_reduce(totals["loss"].clone()).item() / runtime.world
     optimizers = [opt for opt in state.optimizers() if opt is not state.disc_adam]
     norm, is_finite = optimizer_step(optimizers, list(state.model.parameters()), mean_loss,
                                      state.scaler, runtime, cfg.grad_clip)
@@ -163,9 +166,10 @@ def train_step(state, net, x, lossy, step, cfg, runtime):
 
 
 def adversarial_backward(state, x, recon, loss, losses, quantized, cfg, runtime):
-    """Backward of one micro-batch with the adversarial loss, and of the discriminator's own loss.
-    Gradients with respect to the reconstruction come first, so that CLIP and the discriminator
-    backpropagate once. Adds losses "gan" and "disc"; returns the whole loss ()."""
+    """Backward of one micro-batch with the adversarial loss, and of the discriminator's own loss,
+    each into its own network's parameters. Gradients with respect to the reconstruction come first,
+    so that CLIP backpropagates once. The first step has weight 0, and only measures the next one's.
+    Adds "gan" and "disc" to losses; returns the whole loss ()."""
     scale, n, weight = state.scaler.scale, cfg.grad_accum_steps, state.adaptive_weight
     with runtime.autocast():
         fake_logits = state.disc(recon)
@@ -224,22 +228,23 @@ def init_codebook(state, source, names, step, cfg, runtime):
     runtime.broadcast(state.model.quantize.embedding.weight.detach())
 
 
-def update_average(state, step, cfg):
+def update_average(state, step, is_finite, cfg):
     """The moving average of the weights; the codebook's begins where it is first used."""
     if step == cfg.vq_start:
         state.ema.quantize.load_state_dict(state.model.quantize.state_dict())
-    update_ema(state.ema, state.model, cfg.ema, step)
+    if is_finite:
+        update_ema(state.ema, state.model, cfg.ema, step)
 
 
 @torch.no_grad()
-def validate(state, images, lossy, step, cfg, runtime):
+def validate(state, images, compute_losses, step, cfg, runtime):
     """Mean loss, PSNR in dB and codes used on held-out images, uint8 (V, S, S, 3), by the averaged
     network."""
     quantized, totals, used = step >= cfg.vq_start, {"val_loss": 0.0, "psnr": 0.0}, set()
     for batch in np.array_split(images, -(-len(images) // 64)):
         x = to_pixels(torch.from_numpy(batch), runtime)
         with runtime.autocast():
-            recon, losses, tokens, _ = lossy(state.ema, x, quantized)
+            recon, losses, tokens, _ = compute_losses(state.ema, x, quantized)
         mse = F.mse_loss(recon.clamp(-1, 1), x, reduction="none").mean((1, 2, 3))      # (b,)
         share = len(batch) / len(images)
         totals["val_loss"] += total_loss(losses, cfg).item() * share
@@ -338,8 +343,8 @@ def main():
     run.warn_if_few(len(train_names), "images")
     run.catch_signals()
 
-    def lossy(network, x, quantized):
-        return reconstruction_losses(network, x, clip, features, cfg, quantized)
+    def compute_losses(network, x, quantized, step=None):
+        return reconstruction_losses(network, x, clip, features, cfg, quantized, step)
 
     def draw(step):
         save_reconstructions(Path(cfg.out, "recon.png"), state.ema, val_images[:12], step, cfg,
@@ -350,16 +355,15 @@ def main():
         if step == (0 if cfg.dry_run else cfg.vq_start or None):
             init_codebook(state, source, train_names, step, cfg, runtime)
         lr = set_learning_rate(state.optimizers(), step, cfg)
-        metrics, is_finite = train_step(state, net, x, lossy, step, cfg, runtime)
+        metrics, is_finite = train_step(state, net, x, compute_losses, step, cfg, runtime)
         # in float16 an overflow is expected: GradScaler lowers its scale
         run.check_finite(step + 1, is_finite or state.scaler.get_scale() > 1)
         state.scaler.update()
-        if is_finite:
-            update_average(state, step, cfg)
+        update_average(state, step, is_finite, cfg)
         run.end_step(step + 1, metrics | {"lr": lr})
 
         if is_eval_step(step, cfg):
-            val_metrics = validate(state, val_images, lossy, step, cfg, runtime)
+            val_metrics = validate(state, val_images, compute_losses, step, cfg, runtime)
             run.validated(step + 1, val_metrics, state.ema, is_candidate=is_candidate(step, cfg))
             run.save(step + 1, state.state_dict())
             run.show(draw, step)

@@ -1,4 +1,5 @@
 """The perceptual loss of vqgan.py: what CLIP's image encoder sees at several depths."""
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -51,13 +52,14 @@ def perceptual_distance(real, fake):
     return total / len(real)
 
 
-def random_shift(images, largest):
+def random_shift(images, largest, seed):
     """Images (B, 3, S, S) several times, all shifted alike by up to `largest` pixels each way, the
-    borders repeated: so that a ViT's patches are cut differently in each step."""
+    borders repeated: so that a ViT's patches are cut differently in each step. The shift is a
+    function of `seed` alone."""
     if not largest:
         return images
     side = images[0].shape[-1]
-    x, y = torch.randint(2 * largest + 1, (2,)).tolist()
+    x, y = np.random.default_rng(seed).integers(2 * largest + 1, size=2)
     padded = [F.pad(image, 4 * (largest,), mode="replicate") for image in images]
     return [image[..., y:y + side, x:x + side] for image in padded]
 

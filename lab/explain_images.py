@@ -191,15 +191,20 @@ def draw_unseen(demo, out):
                         for c, o in UNSEEN])
     own, sums = [pairs.index(p) for p in UNSEEN], F.normalize(sums, dim=-1)       # (12, D)
     hits = (sums @ texts.T).argmax(1) == torch.tensor(own)
-    cosine = (sums * texts[own]).sum(1).mean()
-    print(f"unseen: cosine of a prompt to the sum of its parts {cosine:.3f}, to any prompt "
+    cosines = (sums * texts[own]).sum(1)                                          # (12,)
+    print(f"unseen: cosine of a prompt to the sum of its parts {cosines.mean():.3f}, to any prompt "
           f"{(texts[own] @ texts.T).mean():.2f}; the sum is nearest to its own prompt of all "
           f"{len(texts)} in {hits.sum()} of {len(own)}")
-    colour, thing = UNSEEN[0]
+    draw_unseen_pair(pairs, UNSEEN[0], texts, sums[:1], out)
+
+
+def draw_unseen_pair(pairs, pair, texts, parts_sum, out):
+    """One unseen pair among the prompts of its colour and of its object, in two dimensions."""
+    colour, thing = pair
     groups = {f"a {colour} ...": [i for i, p in enumerate(pairs) if p[0] == colour],
               f"a ... {thing}": [i for i, p in enumerate(pairs) if p[1] == thing],
-              f"a {colour} {thing}": [own[0]]}
-    x = torch.cat([texts[sum(groups.values(), [])], sums[:1]])
-    plane = (x @ principal_directions(x)[:2].T).numpy()
+              f"a {colour} {thing}": [pairs.index(pair)]}
+    x = torch.cat([texts[sum(groups.values(), [])], parts_sum])
+    plane = (x @ principal_directions(x)[:2].T).numpy()                           # (n, 2)
     parts = np.split(plane, np.cumsum([len(g) for g in groups.values()]))
     save_sheet(out / "unseen.png", [[scatter("", dict(zip([*groups, "sum"], parts)), 480)]])

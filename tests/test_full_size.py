@@ -26,13 +26,14 @@ def step_on(images, steps=3, adaptive_weight=0.0, **options):
 
     state.adaptive_weight.fill_(adaptive_weight)
 
-    def lossy(network, x, quantized):
+    def compute_losses(network, x, quantized, step=None):
         return vqgan.reconstruction_losses(network, x, None, None, cfg, quantized)
     metrics = []
     for step in range(steps):
         set_learning_rate(state.optimizers(), step, cfg)
-        metrics.append(vqgan.train_step(state, state.model, images, lossy, step, cfg, runtime)[0])
-        vqgan.update_average(state, step, cfg)
+        found, _ = vqgan.train_step(state, state.model, images, compute_losses, step, cfg, runtime)
+        metrics.append(found)
+        vqgan.update_average(state, step, True, cfg)
     return state, metrics
 
 
@@ -75,11 +76,11 @@ def test_a_loss_that_is_not_finite_moves_nothing():
     cfg = vqgan.Config(image_size=32, codebook_size=64, batch_size=4, vq_start=0, disc_start=0,
                        perceptual=0.0, muon=False)
 
-    def lossy(network, x, quantized):
+    def compute_losses(network, x, quantized, step=None):
         recon, losses, tokens, z = vqgan.reconstruction_losses(network, x, None, None, cfg,
                                                                quantized)
         return recon, losses | {"pixel": losses["pixel"] * float("nan")}, tokens, z
-    _, is_finite = vqgan.train_step(state, state.model, images, lossy, 5, cfg,
+    _, is_finite = vqgan.train_step(state, state.model, images, compute_losses, 5, cfg,
                                     Runtime("cpu", "float32"))
     after = [*state.model.state_dict().items(), *state.disc.state_dict().items()]
     assert not is_finite and all(torch.equal(before[k], v) for k, v in after)
@@ -122,10 +123,11 @@ def test_a_clip_that_is_blind_to_part_of_its_patches_is_warned_of():
 
 def test_a_random_shift_is_the_same_for_both_images():
     x = randn(2, 3, 32, 32)
-    torch.manual_seed(1)
-    a, b = random_shift((x, 2 * x), 8)
+    a, b = random_shift((x, 2 * x), 8, (0, 2, 1))
     assert torch.equal(2 * a, b) and a.shape == x.shape and not torch.equal(a, x)
-    assert random_shift((x,), 0)[0] is x
+    assert torch.equal(a, random_shift((x,), 8, (0, 2, 1))[0])           # a function of the step
+    assert len({random_shift((x,), 8, (0, 2, i))[0].sum().item() for i in range(9)}) > 5
+    assert random_shift((x,), 0, 0)[0] is x
 
 
 def test_kmeans_and_nearest_codes_are_bounded_in_memory(monkeypatch):

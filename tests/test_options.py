@@ -134,7 +134,9 @@ PATHS = [("toy.py", "data"), ("toy.py", "out"), ("vqgan.py", "data"), ("vqgan.py
          ("train_gpt.py", "data"), ("train_gpt.py", "vqgan"), ("train_gpt.py", "init_from"),
          ("train_gpt.py", "out"), ("sample.py", "gpt"), ("sample.py", "vqgan"),
          ("sample.py", "clip"), ("sample.py", "image"), ("sample.py", "texts"),
-         ("sample.py", "out")]
+         ("sample.py", "out"), ("lab.evaluate", "data"), ("lab.evaluate", "out"),
+         ("lab.evaluate", "gpt"), ("lab.evaluate", "judge"), ("lab.ablate", "data"),
+         ("lab.ablate", "out"), ("lab.ablate", "dump"), ("lab.bench", "out")]
 
 
 @pytest.mark.parametrize("script, option", PATHS)
