@@ -172,6 +172,7 @@ def main():
     rows, seeds = choose_rows(cfg.only), range(cfg.seeds)
     read_world(cfg.data, "heldout")
     open_dump(cfg.dump)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     examiner = Examiner(cfg.data, cfg.models, cfg.n)
 

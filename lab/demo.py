@@ -96,8 +96,8 @@ def watch_training(models, images, path):
         moments = (0, cfg.vq_start, cfg.vq_start + 1, cfg.max_steps // 2, cfg.max_steps)
         progress = Progress(cfg.max_steps)
 
-        def lossy(network, x, quantized):
-            return vqgan.reconstruction_losses(network, x, clip, features, cfg, quantized)
+        def compute_losses(network, x, quantized, step):
+            return vqgan.reconstruction_losses(network, x, clip, features, cfg, quantized, step)
 
         def keep(steps):
             with torch.no_grad(), runtime.autocast():
@@ -109,8 +109,9 @@ def watch_training(models, images, path):
             if step == cfg.vq_start:
                 vqgan.init_codebook(state, source, names, step, cfg, runtime)
             set_learning_rate(state.optimizers(), step, cfg)
-            metrics, _ = vqgan.train_step(state, state.model, x, lossy, step, cfg, runtime)
-            vqgan.update_average(state, step, cfg)
+            metrics, is_finite = vqgan.train_step(state, state.model, x, compute_losses, step, cfg,
+                                                  runtime)
+            vqgan.update_average(state, step, is_finite, cfg)
             progress(loss=metrics["loss"])
         keep(cfg.max_steps)
         with atomic_write(path) as f:

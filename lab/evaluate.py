@@ -181,6 +181,7 @@ def main():
     data = read_data(cfg, is_toy, vqgan.cfg.image_size)
     config = load_gpt(cfg.gpt, runtime.device)[1].get("config")
     dump = find_dump(cfg, config, required, runtime) if cfg.controls else None
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
     judge, controls = None, {}
     if is_toy:

@@ -100,10 +100,11 @@ def draw_attention(demo, out, prompt="a red bus"):
         shares.append(weights.mean((0, 1, 2)))                                   # (t,)
         x = block(x)
     p, shares = demo.gpt.cfg.n_prefix, torch.stack(shares)
-    header = [["prefix"] * p + [f"t{i}" for i in range(shares.shape[1] - p)]]
-    texts = header + [[f"{100 * v:.0f}%" for v in row] for row in shares.tolist()]
-    shades = torch.cat([torch.zeros_like(shares[:1]), shares])
-    save_sheet(out / "attention.png", [[text_grid(texts, 720, 150, shades=shades)]])
+    texts = [["", *["prefix"] * p, *[f"t{i}" for i in range(shares.shape[1] - p)]]]
+    texts += [[f"block {i}", *[f"{100 * v:.0f}%" for v in row]]
+              for i, row in enumerate(shares.tolist(), 1)]
+    shades = torch.nn.functional.pad(shares, (1, 0, 1, 0))   # the labels are white
+    save_sheet(out / "attention.png", [[text_grid(texts, 850, 150, shades=shades)]])
     print(f"attention to the prefix, by block: {[f'{v:.0%}' for v in shares[:, 0].tolist()]}")
 
 

@@ -41,13 +41,14 @@ def draw_exchange(demo, out):
     first = [tile(image, str(t), mark=(1, 1))
              for image, t in zip(paint(demo, exchanged), tokens[:, 1, 1].tolist())]
     places = ((0, 0), (1, 1), (2, 2), (3, 1))
-    second = [tile(paint_alone(demo, code[None], place)[0], f"{code} alone", mark=place)
+    second = [tile(paint_alone(demo, code[None], place)[0],
+                   "its own place" if place == (1, 1) else "another", mark=place)
               for place in places]
     tokens[:, 1, 1] = code
     second += [tile(image, f"{code} in it", mark=(1, 1)) for image in paint(demo, tokens[2:4])]
     save_sheet(out / "exchange.png", [first, second],
                [f"a red bus: its token {code}, then tokens of other drawings in that place",
-                f"token {code} in other places, and in other drawings"])
+                f"token {code} alone in four places, and in other drawings"])
 
 
 def draw_codes(demo, out):
@@ -148,19 +149,23 @@ def draw_gap(demo, out):
     """Images and texts in CLIP's space before and after centring, as they are in the toy world and
     with texts moved as far away as OpenAI's CLIP has them; the gap measured."""
     images, prompts = clip_embeddings(demo.clip, demo.images[:400]), toy_prompts()[1]
-    plain, panels = demo.clip.encode_text(prompts), []
+    plain, planes = demo.clip.encode_text(prompts), {}
     own = torch.tensor([prompts.index(f"a {f['colour']} {f['object']}") for f in demo.facts[:400]])
     far_mean = shifted_text_mean(demo.clip, GAP, demo.images)
     for name, texts, mean in (("the toy CLIP", plain, demo.gpt.means[1]),
                               (f"texts moved by {GAP}", shift(plain, GAP), far_mean)):
         centred = demo.gpt.condition(images), F.normalize(texts - mean, dim=-1)
         for what, (x, t) in ((name, (images, texts)), (name + ", centred", centred)):
-            cosines, (x_plane, t_plane) = x @ t.T, plane_through_means(x, t)     # (N, P)
-            panels.append(scatter(what, {"images": x_plane, "texts": t_plane}))
+            cosines, planes[what] = x @ t.T, plane_through_means(x, t)           # (N, P)
             margin = cosines.gather(1, own[:, None]).mean() - cosines.mean()
             print(f"gap, {what}: distance of the means {(x.mean(0) - t.mean(0)).norm():.2f}; "
                   f"cosine of an image to its own prompt {cosines.mean() + margin:.2f}, to any "
                   f"{cosines.mean():.2f}; of a text to any text {(t @ t.T).mean():.2f}")
+        print(f"gap, {name}: from the mean that is subtracted to the prompts' own "
+              f"{(texts.mean(0) - mean).norm():.2f}")
+    shown = np.concatenate(sum(planes.values(), []))
+    panels = [scatter(what, dict(zip(("images", "texts"), plane)), shown)
+              for what, plane in planes.items()]
     save_sheet(out / "gap.png", [panels[:2], panels[2:]])
 
 
@@ -207,4 +212,6 @@ def draw_unseen_pair(pairs, pair, texts, parts_sum, out):
     x = torch.cat([texts[sum(groups.values(), [])], parts_sum])
     plane = (x @ principal_directions(x)[:2].T).numpy()                           # (n, 2)
     parts = np.split(plane, np.cumsum([len(g) for g in groups.values()]))
-    save_sheet(out / "unseen.png", [[scatter("", dict(zip([*groups, "sum"], parts)), 480)]])
+    title = "the two directions of most variance"
+    panel = scatter(title, dict(zip([*groups, "sum"], parts)), width=600)
+    save_sheet(out / "unseen.png", [[panel]])

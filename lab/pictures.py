@@ -74,7 +74,7 @@ def text_grid(texts, width, height, image=None, shades=None):
     return sheet
 
 
-def axes(title, xs, ys, width=330, height=250, labels=True):
+def axes(title, xs, ys, width=330, height=250):
     """An empty panel (sheet, pen, at): at(x, y) is the place of a point whose coordinates lie in
     the ranges xs and ys, (low, high), which are written at the axes."""
     sheet = Image.new("RGB", (width, height), "white")
@@ -85,12 +85,20 @@ def axes(title, xs, ys, width=330, height=250, labels=True):
                 bottom - (bottom - top) * (y - ys[0]) / (ys[1] - ys[0] or 1))
     pen.text((left, 4), title, fill="black", font=FONT)
     pen.rectangle([at(xs[0], ys[1]), at(xs[1], ys[0])], outline="#bbbbbb")
-    for end, anchor in zip((0, 1), ("la", "ra")) if labels else ():
+    for end, anchor in zip((0, 1), ("la", "ra")):
         pen.text((at(xs[end], ys[0])[0], bottom + 4), f"{xs[end]:.3g}", fill="black", font=FONT,
                  anchor=anchor)
         pen.text((left - 5, at(xs[0], ys[end])[1]), f"{ys[end]:.3g}", fill="black", font=FONT,
                  anchor="rs" if end == 0 else "rt")
     return sheet, pen, at
+
+
+def legend(sheet, names):
+    """Names in the colours of what they name, at the right of a panel's title."""
+    right = sheet.width - 10
+    for i, name in reversed(list(enumerate(names))):
+        ImageDraw.Draw(sheet).text((right, 4), name, fill=COLOURS[i], font=FONT, anchor="ra")
+        right -= FONT.getlength(name) + 10
 
 
 def line_chart(title, lines, low=None):
@@ -99,25 +107,26 @@ def line_chart(title, lines, low=None):
     x, y = np.array(points, float).T
     low = y.min() if low is None else low
     sheet, pen, at = axes(title, (x.min(), x.max()), (low, y.max()))
-    for i, (name, line) in enumerate(lines.items()):
+    for i, line in enumerate(lines.values()):
         places = [at(*point) for point in line]
         pen.line(places, fill=COLOURS[i], width=1 if len(line) > 50 else 2)
         for px, py in places if len(line) < 50 else ():
             pen.ellipse([px - 3, py - 3, px + 3, py + 3], fill=COLOURS[i])
-        pen.text((sheet.width - 16, 32 + 16 * i), name, fill=COLOURS[i], font=FONT, anchor="ra")
+    legend(sheet, lines)
     return sheet
 
 
-def scatter(title, groups, width=330, height=270):
-    """A panel of points {name: (N, 2)}, without scales."""
-    points = np.concatenate(list(groups.values()))
-    (x0, y0), (x1, y1) = points.min(0), points.max(0)
-    sheet, pen, at = axes(title, (x0, x1), (y0, y1), width, height, labels=False)
-    for i, (name, group) in enumerate(groups.items()):
+def scatter(title, groups, shown=None, width=330, height=270):
+    """A panel of points {name: (N, 2)}; it reaches as far as the points `shown` (M, 2) do, or as
+    its own."""
+    shown = np.concatenate(list(groups.values())) if shown is None else shown
+    (x0, y0), (x1, y1) = shown.min(0), shown.max(0)
+    sheet, pen, at = axes(title, (x0, x1), (y0, y1), width, height)
+    for i, group in enumerate(groups.values()):
         for x, y in group.tolist():
             px, py = at(x, y)
             pen.ellipse([px - 2, py - 2, px + 2, py + 2], fill=COLOURS[i])
-        pen.text((52 + 110 * i, height - 20), name, fill=COLOURS[i], font=FONT)
+    legend(sheet, groups)
     return sheet
 
 

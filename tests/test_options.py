@@ -136,7 +136,7 @@ PATHS = [("toy.py", "data"), ("toy.py", "out"), ("vqgan.py", "data"), ("vqgan.py
          ("sample.py", "clip"), ("sample.py", "image"), ("sample.py", "texts"),
          ("sample.py", "out"), ("lab.evaluate", "data"), ("lab.evaluate", "out"),
          ("lab.evaluate", "gpt"), ("lab.evaluate", "judge"), ("lab.ablate", "data"),
-         ("lab.ablate", "out"), ("lab.ablate", "dump"), ("lab.bench", "out")]
+         ("lab.ablate", "out"), ("lab.ablate", "dump")]
 
 
 @pytest.mark.parametrize("script, option", PATHS)
