@@ -27,6 +27,7 @@ from common.options import check_range, fail, parse_options
 from common.process import run_main
 from common.prompts import file_name, grid_labels, read_image, read_prompts
 from common.runtime import Runtime, format_size
+from common.sampling import format_options, sampling_options
 
 try:
     from fast import accelerate
@@ -58,12 +59,6 @@ class Config:
     batch_size: int = 64             # images at a time
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"              # auto (float32 on a CPU), float32, bfloat16, float16
-
-
-MODERN = {"n": 4, "candidates": 0, "guidance": 3.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0,
-          "variety": 0.5}
-CLASSIC = {"n": 8, "candidates": 64, "guidance": 1.0, "temperature": 1.0, "top_k": 500,
-           "top_p": 0.95, "variety": 0.0}  # as released in 2022
 
 
 def conditions_and_uniforms(gpt, embedding, modality, seed, key, count, variety):
@@ -107,28 +102,6 @@ def similarity(clip, images, embedding):
     """CLIP's cosine between Pillow images and one embedding (D,): a list, one number an image."""
     pixels = [to_tensor(crop(image, clip.size))[None].to(clip.device) for image in images]
     return [(clip.encode_image(x)[0] @ embedding).item() for x in pixels]
-
-
-def sampling_options(cfg, gpt, meta):
-    """The sampling options as a dict, what was left to `auto` filled in for this kind of GPT."""
-    can_guide = not gpt.cfg.classic and meta.get("config", {}).get("cond_drop_prob", 1) > 0
-    defaults = CLASSIC if gpt.cfg.classic else MODERN if can_guide else MODERN | {"guidance": 1.0}
-    given = {k: getattr(cfg, k, None) for k in defaults}
-    options = {k: v if given[k] is None else given[k] for k, v in defaults.items()}
-    if options["guidance"] != 1 and not can_guide:
-        fail(f"--guidance={options['guidance']} needs a GPT trained with dropped conditions, which "
-             f"this one is not; use --guidance=1")
-    if getattr(cfg, "negative", "") and options["guidance"] == 1:
-        fail("--negative steers by guidance: use --guidance=3 or so beside it")
-    if options["variety"] and gpt.cfg.classic:
-        fail(f"--variety={options['variety']} needs a GPT that is not classic; use --variety=0")
-    return options
-
-
-def format_options(options):
-    """The sampling options in words."""
-    names = ("guidance", "temperature", "top_k", "top_p", "variety")
-    return ", ".join(f"{name} {options[name]:g}" for name in names)
 
 
 def load(cfg, runtime):

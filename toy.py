@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from common.clip_training import make_clip_state, train_clip
-from common.drawings import draw
+from common.drawings import BACKGROUNDS, COLOURS, OBJECTS, SIZES, draw, read_world
 from common.files import save_tensors, write_json
-from common.images import open_image, resize, save_grid, to_tensor
+from common.images import resize, save_grid, to_tensor
 from common.openai_clip import Clip
 from common.options import check_range, fail, format_command, parse_options
 from common.process import run_main, start_worker
@@ -54,14 +54,6 @@ class Config:
     dtype: str = "auto"              # of autocast: auto, float32, bfloat16, float16
 
 
-OBJECTS = ("bus", "car", "house", "tree", "boat", "fish", "star", "heart", "moon", "flower", "cup",
-           "mushroom")
-COLOURS = {"red": (214, 34, 38), "yellow": (240, 204, 24), "green": (32, 150, 58),
-           "blue": (34, 78, 204), "purple": (126, 42, 168), "pink": (248, 120, 186),
-           "brown": (122, 74, 34), "black": (26, 26, 30)}
-BACKGROUNDS = {"white": (250, 250, 248), "grey": (168, 170, 174), "sky": (166, 214, 246),
-               "sand": (234, 212, 166)}
-SIZES = {"small": (0.29, 0.34), "medium": (0.34, 0.38), "large": (0.38, 0.43)}  # half the width
 UNSEEN = (("purple", "bus"), ("green", "car"), ("blue", "house"), ("pink", "tree"),
           ("black", "boat"), ("yellow", "fish"), ("brown", "star"), ("green", "heart"),
           ("red", "moon"), ("blue", "flower"), ("pink", "cup"), ("black", "mushroom"))
@@ -143,25 +135,6 @@ def draw_world(cfg):
     write_json(partial / "world.json", world)
     marker.unlink()
     partial.rename(folder)
-
-
-def read_world(folder, *splits):
-    """Images of these splits, uint8 (N, S, S, 3), and their rows of captions.tsv. For this stage
-    and the evaluation alone."""
-    try:
-        with open(Path(folder) / "captions.tsv", newline="") as f:
-            rows = list(csv.DictReader(f, delimiter="\t"))
-        world = json.loads(Path(folder, "world.json").read_text())
-        if len(rows) != world["train_images"] + world["heldout_images"] or (
-                {row["split"] for row in rows} - {"train", "unseen", "heldout"}):
-            raise ValueError("captions.tsv is cut")
-        rows = [row for row in rows if row["split"] in splits]
-        images = [np.asarray(open_image(Path(folder) / row["path"])) for row in rows]
-    except OSError as e:
-        fail(f"{folder} is no whole toy world ({e.filename}: {e.strerror}); draw it with toy.py")
-    except (ValueError, KeyError, TypeError) as e:
-        fail(f"{folder} is a damaged toy world ({e}); remove it and draw it again with toy.py")
-    return np.stack(images), rows
 
 
 @torch.no_grad()

@@ -1,8 +1,23 @@
-"""The drawings of the toy world: each object as a few polygons."""
+"""The drawings of the toy world, each object as a few polygons; and how they are read back."""
+import csv
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
+from common.images import open_image
+from common.options import fail
+
+OBJECTS = ("bus", "car", "house", "tree", "boat", "fish", "star", "heart", "moon", "flower", "cup",
+           "mushroom")
+COLOURS = {"red": (214, 34, 38), "yellow": (240, 204, 24), "green": (32, 150, 58),
+           "blue": (34, 78, 204), "purple": (126, 42, 168), "pink": (248, 120, 186),
+           "brown": (122, 74, 34), "black": (26, 26, 30)}
+BACKGROUNDS = {"white": (250, 250, 248), "grey": (168, 170, 174), "sky": (166, 214, 246),
+               "sand": (234, 212, 166)}
+SIZES = {"small": (0.29, 0.34), "medium": (0.34, 0.38), "large": (0.38, 0.43)}  # half the width
 
 def circle(x, y, r, n=40, start=0.0, turn=1.0):
     angles = [2 * math.pi * (start + turn * i / n) for i in range(n + 1)]
@@ -84,3 +99,22 @@ def draw(size, object_name, colour, background, radius, x, y, shade):
         points = [((x + px * radius) * big, (y + py * radius) * big) for px, py in points]
         pen.polygon(points, fill=fills[fill])
     return im.resize((size, size), Image.Resampling.BOX)
+
+
+def read_world(folder, *splits):
+    """Images of these splits, uint8 (N, S, S, 3), and their rows of captions.tsv. For this stage
+    and the evaluation alone."""
+    try:
+        with open(Path(folder) / "captions.tsv", newline="") as f:
+            rows = list(csv.DictReader(f, delimiter="\t"))
+        world = json.loads(Path(folder, "world.json").read_text())
+        if len(rows) != world["train_images"] + world["heldout_images"] or (
+                {row["split"] for row in rows} - {"train", "unseen", "heldout"}):
+            raise ValueError("captions.tsv is cut")
+        rows = [row for row in rows if row["split"] in splits]
+        images = [np.asarray(open_image(Path(folder) / row["path"])) for row in rows]
+    except OSError as e:
+        fail(f"{folder} is no whole toy world ({e.filename}: {e.strerror}); draw it with toy.py")
+    except (ValueError, KeyError, TypeError) as e:
+        fail(f"{folder} is a damaged toy world ({e}); remove it and draw it again with toy.py")
+    return np.stack(images), rows
