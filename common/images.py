@@ -182,9 +182,10 @@ def to_image(x):
     return Image.fromarray(pixels.movedim(0, -1).cpu().numpy())
 
 
-def save_grid(path, rows, labels, across=1):
+def save_grid(path, rows, labels, across=1, column_labels=()):
     """Rows of Pillow images of one size -> one PNG, tiles enlarged to at least 96 pixels, a label
-    above each row. `across` rows lie side by side; a row of over 16 images is wrapped."""
+    above each row. `across` rows lie side by side; a row of over 16 images is wrapped. A line at
+    the top says what the columns are, if there are column_labels."""
     tile = max(1, -(-MIN_TILE // rows[0][0].width))
     w, h = rows[0][0].width * tile, rows[0][0].height * tile
     longest = max(len(row) for row in rows)
@@ -192,11 +193,14 @@ def save_grid(path, rows, labels, across=1):
     head, gap = 18, 4
     row_width, row_height = columns * (w + gap), math.ceil(longest / columns) * (h + gap) + head
     across = max(1, min(across, MAX_WIDTH // row_width))
-    size = (across * row_width + gap, math.ceil(len(rows) / across) * row_height + gap)
+    start = gap + (head if column_labels else 0)
+    size = (across * row_width + gap, math.ceil(len(rows) / across) * row_height + start)
     sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for j, text in enumerate(column_labels):
+        pen.text((gap + j * (w + gap), gap), text[:w // 6], fill="black", font=font)
     for i, (row, label) in enumerate(zip(rows, labels)):
-        left, top = gap + i % across * row_width, gap + i // across * row_height
+        left, top = gap + i % across * row_width, start + i // across * row_height
         for j, image in enumerate(row):
             place = left + j % columns * (w + gap), top + head + j // columns * (h + gap)
             sheet.paste(image.resize((w, h), Image.Resampling.NEAREST), place)

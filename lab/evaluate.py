@@ -162,7 +162,8 @@ def write_results(table, images, options, cfg):
     if cfg.optimise:
         chosen = np.sort(rows.choose_prompts(prompts, cfg.optimise)[:12])
     by_kind = [[Image.fromarray(row[i]) for i in chosen] for row in table.sheet.values()]
-    save_grid(out / "compare.png", by_kind, list(table.sheet))
+    save_grid(out / "compare.png", by_kind, list(table.sheet),
+              column_labels=[prompts[i] for i in chosen])
     print(f"wrote {out}/match.json, match.md, match.png (all prompts) and compare.png (a row for "
           f"each kind)")
 

@@ -483,6 +483,11 @@ def test_grids_have_tiles_one_can_see_and_labels(tmp_path):
     for i in range(6):
         assert (grid == [i * 20, 0, 0]).all(-1).sum() >= 96 * 96 * (1 if i else 0)
     assert (grid[:16] < 100).all(-1).sum() > 50                # the first label, in black
+    save_grid(tmp_path / "c.png", [images[3:]] * 2, ["ours", "theirs"],
+              column_labels=["a", "b", "c"])
+    columns = np.asarray(Image.open(tmp_path / "c.png"))
+    assert columns.shape == (grid.shape[0] + 18, *grid.shape[1:])
+    assert all((columns[:18, x:x + 96] < 100).all(-1).any() for x in (4, 104, 204))
     save_grid(tmp_path / "many.png", [images * 200], ["a\nprompt of two lines"])
     assert Image.open(tmp_path / "many.png").width < 3000
 
