@@ -35,7 +35,6 @@ from tests.helpers import (
     ROOT,
     VQGAN_OPTIONS,
     load_raw,
-    random_dump,
     read_log,
     run_stages,
     stage_command,
@@ -390,19 +389,6 @@ def test_no_image_stands_in_for_all_its_unreadable_neighbours():
                        for rank in (0, 1)])
     assert torch.equal(batches[7][0], again)
     assert ImageBatches(Numbered(set(names)), names, cfg)[0][0] is None
-
-
-def test_reading_ahead_changes_no_batch(tmp_path):
-    random_dump(tmp_path / "d")
-    from common.dumps import open_dump
-    tokens, clip = open_dump(tmp_path / "d")[1]["train"]
-    cfg = train_gpt.Config(batch_size=16)
-    on_disk = train_gpt.make_batches(tokens, clip, cfg)
-    in_memory = train_gpt.make_batches(np.array(tokens), np.array(clip), cfg)
-    all_ahead = train_gpt.make_batches(tokens, clip, cfg, in_thread=True)
-    for step in (0, 1, 2, 2, 5, 11, 3, 4):  # in order, again, ahead and beyond, and back
-        assert all(torch.equal(a, b) and torch.equal(a, c)
-                   for a, b, c in zip(on_disk(step), in_memory(step), all_ahead(step)))
 
 
 def test_kept_names_what_there_is():
