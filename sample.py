@@ -100,8 +100,7 @@ def draw(generator, vqgan, cond, uniform, options, runtime, batch_size, negative
 @torch.no_grad()
 def similarity(clip, images, embedding):
     """CLIP's cosine between Pillow images and one embedding (D,): a list, one number an image."""
-    pixels = [to_tensor(crop(image, clip.size))[None].to(clip.device) for image in images]
-    return [(clip.encode_image(x)[0] @ embedding).item() for x in pixels]
+    return [(embed_image(image, clip)[0] @ embedding).item() for image in images]
 
 
 def load(cfg, runtime):
@@ -136,9 +135,9 @@ def embed_text(prompt, clip, runtime):
 
 
 @torch.no_grad()
-def embed_image(image, clip, runtime):
+def embed_image(image, clip):
     """A Pillow image -> its embedding (1, D)."""
-    pixels = to_tensor(crop(image, clip.size))[None].to(runtime.device)          # (1, 3, C, C)
+    pixels = to_tensor(crop(image, clip.size))[None].to(clip.device)             # (1, 3, C, C)
     return clip.encode_image(pixels)
 
 
@@ -168,7 +167,7 @@ def main():
                    f"{cfg.out}; {format_options(options)}")
 
     generator, negative = accelerate(gpt, runtime.dtype), None
-    image_embedding = embed_image(image, clip, runtime) if image else None
+    image_embedding = embed_image(image, clip) if image else None
     if cfg.negative:
         negative = gpt.condition(embed_text(cfg.negative, clip, runtime), "text")
     images, names, start, seconds = [], [], time.time(), 0.0

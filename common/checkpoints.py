@@ -155,8 +155,8 @@ def load_named(load, folder, named, sha256, owner, option="--vqgan", given=""):
 def newest(stage):
     """The newest finished checkpoint of a stage, "vqgan" or "gpt", under out/."""
     controls = {"captioned", "unconditioned", "ablations", "bench", "explain"}  # of lab/
-    found = [p for p in Path("out").glob(f"**/{stage}.pt") if not controls & set(p.parts)]
-    found += Path("out").glob(f"*/{stage}.pt")  # in linked folders too
+    paths = [*Path("out").glob(f"**/{stage}.pt"), *Path("out").glob(f"*/{stage}.pt")]  # links too
+    found = [p for p in paths if not controls & set(p.parts)]
     if not found:
         fail(f"there is no finished {stage.upper()} under out/; run make demo, or its trainer")
     return str(max(found, key=lambda p: p.stat().st_mtime))

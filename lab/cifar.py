@@ -1,6 +1,7 @@
 """CIFAR-10's 50,000 training photographs as a tar, and captions of them by a dozen wordings.
 
-    python -m lab.cifar --archive=cifar-10-binary.tar.gz     # https://www.cs.toronto.edu/~kriz/cifar.html
+    python -m lab.cifar --archive=cifar-10-binary.tar.gz
+(the archive is at https://www.cs.toronto.edu/~kriz/cifar.html)
 writes data/cifar10-50k.tar and .tsv (path, label). Where these two lie already it only writes
 data/cifar10-captions.tsv. The captions are for lab.small_clip alone."""
 import csv
