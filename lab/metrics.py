@@ -48,6 +48,21 @@ def frechet(a, b):
     return float(squares - 2 * cross)
 
 
+def cmmd(a, b, sigma=10.0):
+    """CLIP maximum mean discrepancy (Jayasumana et al. 2024): unit embeddings (N, D) and (M, D) ->
+    1000 times the unbiased estimate of the squared distance of their distributions, by a Gaussian
+    kernel of width sigma. About 0, and as often below, for two samples of one distribution."""
+    def kernel(x, y):
+        squares = (x ** 2).sum(1)[:, None] - 2 * x @ y.T + (y ** 2).sum(1)     # (N, M)
+        return np.exp(-squares / (2 * sigma ** 2))
+
+    def mean_of_pairs(x):
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(1000 * (mean_of_pairs(a) + mean_of_pairs(b) - 2 * kernel(a, b).mean()))
+
+
 def frechet_win_rate(a, b, reference, rounds=40):
     """The share of resamplings in which features a (N, F) have a smaller Frechet distance to the
     reference than b (N, F), the same rows being taken of both."""

@@ -50,6 +50,22 @@ def test_frechet_distance_by_hand():
     assert metrics.frechet(a, twice) == pytest.approx(np.trace(np.cov(a.T)))
 
 
+def test_cmmd_is_unbiased_and_grows_with_the_difference():
+    rng = np.random.default_rng(0)
+
+    def unit(n, shift=0.0):
+        x = rng.normal(size=(n, 16)) + shift
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+    same = [metrics.cmmd(unit(40), unit(60)) for _ in range(60)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / 60 ** 0.5 and min(same) < 0 < max(same)
+    assert max(same) < metrics.cmmd(unit(40), unit(60, 0.5)) \
+        < metrics.cmmd(unit(40), unit(60, 2.0))
+    a, b = np.eye(2), np.array([[0.6, 0.8], [0.8, 0.6]])
+    k_aa, k_bb = np.exp(-2 / 2), np.exp(-0.08 / 2)  # by hand, at width 1
+    k_ab = (np.exp(-0.8 / 2) + np.exp(-0.4 / 2)) / 2
+    assert metrics.cmmd(a, b, 1.0) == pytest.approx(1000 * (k_aa + k_bb - 2 * k_ab))
+
+
 def test_ratio_of_proportions_and_frechet_win_rate_by_hand():
     a, b, full, none = (metrics.proportion([True] * n + [False] * (200 - n))
                         for n in (180, 160, 200, 0))
