@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import sample
+from lab.reconstruct import fine_energy
 from tests.helpers import ROOT, rand, randn, snapshot, tiny_gpt
 from tests.inprocess import call_error, call_stage, link_world
 
@@ -93,6 +94,16 @@ def test_negative_words_take_the_place_of_the_null_embedding(world, tmp_path, mo
                                       "--guidance=1", cwd=folder)
 
 
+def test_the_upper_half_of_the_spectrum_by_hand():
+    x = np.arange(16)
+    wave = {period: np.tile(128 + 100 * np.cos(2 * np.pi * x / period), (16, 1))
+            for period in (2, 8)}
+    images = [Image.fromarray(np.uint8(wave[period])) for period in (2, 8)]
+    fine, coarse = map(fine_energy, images)
+    assert coarse < 1e-5 and abs(fine - (100 / 255) ** 2) < 1e-3
+    assert fine_energy(images[0].rotate(90)) == fine               # down as well as across
+
+
 def test_reconstruct_lays_images_beside_what_the_vqgan_makes_of_them(world, tmp_path):
     folder = link_world(world[0], tmp_path)
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 70, 3), np.uint8))
@@ -102,6 +113,8 @@ def test_reconstruct_lays_images_beside_what_the_vqgan_makes_of_them(world, tmp_
                         cwd=folder).stdout
     psnr = [float(x) for x in re.findall(r"16 tokens, \d+ codes, PSNR ([\d.]+) dB", output)]
     assert len(psnr) == 2 and all(0 < x < 60 for x in psnr)
+    said = float(re.search(r"mean PSNR ([\d.]+)", output)[1])
+    assert abs(said - np.mean(psnr)) < 0.06 and "upper half of the spectrum" in output
     with Image.open(folder / "out/reconstructions.png") as sheet:
         assert sheet.width >= 4 * 96                               # two rows side by side
     call_stage("lab.reconstruct", drawing, "--image_size=64", "--out=out/large.png", cwd=folder)
