@@ -22,6 +22,7 @@ from lab.judge import Examiner
 from lab.stages import run_stage
 from lab.table import save_chart
 from toy import read_world
+from train_gpt import PRESETS
 
 
 @dataclass
@@ -40,9 +41,10 @@ class Config:
 
 VARIANTS = {  # name: options of train_gpt.py
     "reference": {},
-    "classic (2022)": {"classic": True, "muon": False, "token_corruption": 0,
-                       "learning_rate": 3e-3},
-    "AdamW for Muon": {"muon": False, "learning_rate": 3e-3},
+    "classic (2022)": {name: PRESETS["paper"][name] for name in (
+        "classic", "zero_init", "dropout", "token_corruption", "muon", "weight_decay",
+        "batch_size")},
+    "AdamW for Muon": {"muon": False},
     "without zero-initialised outputs": {"zero_init": False},
     "noise 0": {"noise": 0},
     "noise 1": {"noise": 1},
@@ -55,7 +57,12 @@ VARIANTS = {  # name: options of train_gpt.py
     "256 codes": {},
     "8 x 8 tokens": {},
 }
+RATES = {  # of rows with AdamW: the best of three, by seed 0's validation loss
+    "classic (2022)": (5e-4, 15e-4, 45e-4),
+    "AdamW for Muon": (1e-3, 3e-3, 9e-3),
+}
 VQGANS = {  # name: options of vqgan.py, for variants that have a VQGAN of their own
+    "classic (2022)": {"mse": 0.0, "perceptual": 1.0},
     "2 crops an image": {"min_zoom": 0.8, "flip": True},
     "256 codes": {"codebook_size": 256},
     "8 x 8 tokens": {"ch_mult": (1, 2)},
@@ -130,6 +137,15 @@ def train(name, seed, options, speed, cfg):
     return out / "gpt.pt", steps, float(losses[-1])
 
 
+def choose_rate(name, options, speed, cfg):
+    """The options of a row, with the one of its learning rates that suits it best."""
+    tries = [options | {"learning_rate": rate} for rate in RATES[name]]
+    losses = [train(f"{name} rate {o['learning_rate']:g}", 0, o, speed, cfg)[2] for o in tries]
+    best = tries[losses.index(min(losses))]
+    print(f"{name}: of the learning rates {RATES[name]} the best is {best['learning_rate']:g}")
+    return best
+
+
 def judge_run(name, seed, trained, examiner):
     """One row with one seed."""
     path, steps, val_loss = trained[seed, name if name in VARIANTS else "reference"]
@@ -179,6 +195,9 @@ def main():
     options = {name: make_inputs(name, cfg) for name in rows if name in VARIANTS}
     speeds = measure_speeds(options, cfg)
     with ThreadPoolExecutor(cfg.jobs) as pool:
+        names = [name for name in options if name in RATES]
+        options |= dict(zip(names, pool.map(
+            lambda name: choose_rate(name, options[name], speeds[name], cfg), names)))
         jobs = [(seed, name) for seed in seeds for name in options]
         trained = dict(zip(jobs, pool.map(
             lambda job: train(job[1], job[0], options[job[1]], speeds[job[1]], cfg), jobs)))
