@@ -262,19 +262,21 @@ class Quantizer(nn.Module):
             self.embedding.weight.copy_(torch.where(count > 0, mean, self.embedding.weight))
 
     @torch.no_grad()
-    def restart(self, counts, z, generator, decay=0.99, threshold=0.03):
-        """Move codes out of use onto encoder outputs, so that none dies. Returns which ones (n,).
+    def count_hits(self, counts, memory=8, threshold=0.03):
+        """Take each code's hits in a step (K,) into the average over the time in which the fair
+        share is `memory` hits. Returns the codes under `threshold` of the fair share (n,)."""
+        fair_share = counts.sum() / len(counts)
+        weight = (fair_share / memory).clamp(max=0.5)
+        self.usage.lerp_(counts / fair_share, weight)
+        return (self.usage < threshold).nonzero()[:, 0]
 
-        counts (K,): hits of each code in the last step; z (N, d): encoder outputs to choose from. A
-        code is out of use when the moving average of its hits is under `threshold` of N/K.
-        """
-        k = len(counts)
-        self.usage.lerp_(counts.float() * (k / counts.sum()), 1 - decay)
-        dead = (self.usage < threshold).nonzero()[:, 0]
+    @torch.no_grad()
+    def restart(self, dead, z, generator):
+        """Move the codes `dead` (n,) onto encoder outputs, chosen from z (N, d)."""
+        k = len(self.usage)
         chosen = torch.randint(len(z), (k,), generator=generator).to(z.device)[: len(dead)]
         self.embedding.weight[dead] = self.to_unit(z[chosen].float())
         self.usage[dead] = 1.0
-        return dead
 
 
 class VQGAN(nn.Module):

@@ -161,7 +161,7 @@ def train_step(state, net, x, compute_losses, step, cfg, runtime):
     metrics = {k: v.item() for k, v in totals.items()} | {"grad_norm": norm}
     if quantized and is_finite:
         tokens, z = (torch.cat(parts) for parts in zip(*outputs))
-        metrics |= update_codebook(state, tokens, z, runtime)
+        metrics |= update_codebook(state, tokens, z, step < 0.75 * cfg.max_steps, runtime)
     return metrics, is_finite
 
 
@@ -201,17 +201,19 @@ def update_adaptive_weight(state, cfg, runtime):
     state.last_layer_grads.zero_()
 
 
-def update_codebook(state, tokens, z, runtime):
+def update_codebook(state, tokens, z, may_restart, runtime):
     """Count the codes of this step and restart dead ones. Returns metrics: perplexity (codes in
     use, effectively), share of codes used, number restarted."""
-    quantize = state.model.quantize
-    codebook_size = len(quantize.usage)
-    counts = runtime.all_reduce(torch.bincount(tokens.flatten(), minlength=codebook_size))
+    quantize, average = state.model.quantize, state.ema.quantize.embedding.weight
+    counts = runtime.all_reduce(torch.bincount(tokens.flatten(), minlength=len(average)))
     p = counts / counts.sum()                                                # (K,)
     entropy = -(p * p.clamp(min=1e-9).log()).sum()
-    dead = quantize.restart(counts, runtime.all_gather(z), state.generator)
+    dead = quantize.count_hits(counts)
+    if may_restart:  # not in the last quarter, when no time is left to learn a new code
+        quantize.restart(dead, runtime.all_gather(z), state.generator)
+        average[dead] = quantize.embedding.weight[dead].detach()
     return {"perplexity": entropy.exp().item(), "used": (counts > 0).float().mean().item(),
-            "restarted": len(dead)}
+            "restarted": len(dead) if may_restart else 0}
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 """What only shows at full size: the perceptual loss sees all of the image, micro-batches and ranks
-make no difference, k-means is bounded, the paper's setting."""
+make no difference, k-means is bounded, dead codes restart in time, the paper's setting."""
 from types import SimpleNamespace
 
 import pytest
@@ -141,6 +141,34 @@ def test_kmeans_and_nearest_codes_are_bounded_in_memory(monkeypatch):
     monkeypatch.setattr(q, "nearest", lambda x: calls.append(len(x)) or nearest(x))
     q.kmeans(z, torch.Generator().manual_seed(0))
     assert calls and max(calls) == 16 * 50
+
+
+def test_a_dead_code_restarts_soon_and_its_average_with_it():
+    """Within the time of some thirty fair shares of hits, whatever the batch; not at the end."""
+    images = randn(4, 3, 32, 32).clamp(-1, 1)
+    state, metrics = step_on(images, steps=20, disc_start=1000)
+    assert sum(m["restarted"] for m in metrics) == 0  # 64 tokens a step, 64 codes: too soon
+    state, metrics = step_on(images, steps=60, max_steps=1000, disc_start=1000)
+    assert sum(m["restarted"] for m in metrics) > 0
+    q = Quantizer(16, 4, l2_norm=False)
+    for hits in (1, 100):  # a step: 1/16 or 100/16 of a hit a code
+        q.usage.fill_(1.0)
+        counts, steps = torch.full((16,), hits / 15), 0
+        counts[3] = 0
+        while not len(dead := q.count_hits(counts)):
+            steps += 1
+        assert dead.tolist() == [3] and steps * hits / 16 < 50
+    runtime, tokens = Runtime("cpu", "float32"), torch.zeros(4, 16, dtype=torch.long)
+    state.model.quantize.usage.zero_()
+    before = state.model.quantize.embedding.weight.detach().clone()
+    late = vqgan.update_codebook(state, tokens, randn(64, 8), False, runtime)
+    assert late["restarted"] == 0 and torch.equal(state.model.quantize.embedding.weight, before)
+    state.model.quantize.usage.zero_()
+    moved = vqgan.update_codebook(state, tokens, randn(64, 8), True, runtime)["restarted"]
+    changed = (state.model.quantize.embedding.weight != before).any(1)
+    assert moved == changed.sum() > 0
+    assert torch.equal(state.ema.quantize.embedding.weight[changed],
+                       state.model.quantize.embedding.weight[changed])
 
 
 def test_the_papers_preset_is_its_authors_setting():
