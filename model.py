@@ -273,9 +273,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def restart(self, dead, z, generator):
         """Move the codes `dead` (n,) onto encoder outputs, chosen from z (N, d)."""
-        k = len(self.usage)
-        chosen = torch.randint(len(z), (k,), generator=generator).to(z.device)[: len(dead)]
-        self.embedding.weight[dead] = self.to_unit(z[chosen].float())
+        chosen = torch.randint(len(z), (len(self.usage),), generator=generator)[:len(dead)]
+        self.embedding.weight[dead] = self.to_unit(z[chosen.to(z.device)].float())
         self.usage[dead] = 1.0
 
 

@@ -202,8 +202,8 @@ def update_adaptive_weight(state, cfg, runtime):
 
 
 def update_codebook(state, tokens, z, may_restart, runtime):
-    """Count the codes of this step and restart dead ones. Returns metrics: perplexity (codes in
-    use, effectively), share of codes used, number restarted."""
+    """Count this step's codes, restart dead ones. Returns metrics: perplexity (codes in use,
+    effectively), share of codes used, number restarted."""
     quantize, average = state.model.quantize, state.ema.quantize.embedding.weight
     counts = runtime.all_reduce(torch.bincount(tokens.flatten(), minlength=len(average)))
     p = counts / counts.sum()                                                # (K,)
