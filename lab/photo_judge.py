@@ -157,15 +157,12 @@ def get_judge(photos, cfg, runtime):
     return judge.eval()
 
 
-def classify(judge, images, runtime):
-    """The class that the judge sees in each image, (N,)."""
-    return in_batches(lambda x: judge(x.to(runtime.device)).argmax(1), images).cpu().numpy()
-
-
-def judge_features(judge, images, runtime):
-    """Images -> what the judge's head looks at (N, 128)."""
-    features = in_batches(lambda x: judge.features(x.to(runtime.device)), images)
-    return features.cpu().double().numpy()
+def look(judge, images, runtime):
+    """Images -> what the judge's head is given (N, 128), and the class that it sees (N,)."""
+    with torch.no_grad():
+        features = in_batches(lambda x: judge.features(x.to(runtime.device)), images)
+        classes = judge.head(features).argmax(1)
+    return features.cpu().double().numpy(), classes.cpu().numpy()
 
 
 def main():
@@ -173,7 +170,8 @@ def main():
     check_range(cfg, 1, 2 ** 62, "max_steps", "batch_size")
     photos, runtime = read_photos(cfg.data, cfg.val_percent), Runtime(cfg.device, cfg.dtype)
     judge = get_judge(photos, cfg, runtime)
-    hits = proportion((classify(judge, photos.heldout, runtime) == photos.heldout_labels).tolist())
+    classes = look(judge, photos.heldout, runtime)[1]
+    hits = proportion((classes == photos.heldout_labels).tolist())
     runtime.print0("the judge {out}/judge.pt names {share:.1%} ({low:.1%}–{high:.1%}) of {n} "
                    "held-out photographs".format(out=cfg.out, **hits))
     return 0
