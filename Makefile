@@ -63,8 +63,9 @@ out/toy/samples.png: out/toy/gpt.pt
 	$(PY) sample.py $(PROMPTS) --gpt=out/toy/gpt.pt --out=$@
 
 PHOTOS := data/cifar10-50k.tar
-CLASSES := "a photo of an airplane" "a photo of an automobile" "a photo of a bird" "a photo of a cat" "a photo of a deer" \
-	"a photo of a dog" "a photo of a frog" "a photo of a horse" "a photo of a ship" "a photo of a truck"
+CLASSES := "a photograph of an airplane" "a photograph of an automobile" "a photograph of a bird" \
+	"a photograph of a cat" "a photograph of a deer" "a photograph of a dog" "a photograph of a frog" \
+	"a photograph of a horse" "a photograph of a ship" "a photograph of a truck"
 photos: out/photos/samples.png
 	@echo "done: the images are in out/photos/samples.png"
 out/photos/clip.pt: | .venv/installed

@@ -57,6 +57,19 @@ def write_tar(archive, data):
         f.write_text("path\tlabel\n" + "".join(rows))
 
 
+def read_labels(data):
+    """data.tsv -> {path: label} of the photographs in data.tar."""
+    if not Path(f"{data}.tsv").is_file() or not Path(f"{data}.tar").is_file():
+        fail(f"there is no {data}.tar with its .tsv; make them from CIFAR-10's binary version, "
+             f"https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz: "
+             f"python -m lab.cifar --archive=FILE")
+    try:
+        with open(f"{data}.tsv", newline="", encoding="utf-8") as f:
+            return {r["path"]: r["label"] for r in csv.DictReader(f, delimiter="\t")}
+    except (OSError, KeyError, UnicodeError, csv.Error) as e:
+        fail(f"{data}.tsv can't be read: columns path and label, a tab between ({e})")
+
+
 def caption(wording, label):
     """A wording about a label, with the article that suits it."""
     text = wording.format(label)
@@ -67,12 +80,9 @@ def main():
     cfg = parse_options(Config)
     if cfg.archive:
         write_tar(cfg.archive, cfg.data)
-    if not Path(f"{cfg.data}.tsv").is_file() or not Path(f"{cfg.data}.tar").is_file():
-        fail(f"there is no {cfg.data}.tar with its .tsv; make them by --archive=FILE")
-    with open(f"{cfg.data}.tsv", newline="") as f:
-        labels = [(r["path"], r["label"]) for r in csv.DictReader(f, delimiter="\t")]
+    labels = read_labels(cfg.data)
     with atomic_write(cfg.captions) as f:
-        rows = [f"{path}\t{caption(wording, label)}\n" for path, label in labels
+        rows = [f"{path}\t{caption(wording, label)}\n" for path, label in labels.items()
                 for wording in WORDINGS]
         f.write_text("path\tcaption\n" + "".join(rows))
     print(f"wrote {cfg.captions}: {len(rows)} captions of {len(labels)} images")

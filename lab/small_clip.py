@@ -7,6 +7,7 @@ the result by --clip=out/small_clip/clip.pt."""
 import csv
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,18 @@ def read_captions(path, names):
     return texts, captions
 
 
+def make_batch(source, names, captions, cfg, step):
+    """Random crops, uint8 (B, S, S, 3), each with the number (B,) of one of its image's captions: a
+    function of (seed, step)."""
+    rng = np.random.default_rng((cfg.seed, 1, step))
+    images, index = [], []
+    for i in rng.integers(len(names), size=cfg.batch_size):
+        images.append(random_crop(source.open(names[i]), cfg.image_size, rng.random(4),
+                                  cfg.min_zoom, flip=True))
+        index.append(rng.choice(captions[names[i]]))
+    return np.stack(images), np.array(index)
+
+
 @torch.no_grad()
 def zero_shot(clip, texts, source, names, captions):
     """Share of images whose nearest caption, among all, is one of their own."""
@@ -112,16 +125,6 @@ def main():
                    f"of {cfg.batch_size} on {runtime}; writes {cfg.out}/clip.pt")
     run.catch_signals()
 
-    def batch(step):
-        rng = np.random.default_rng((cfg.seed, 1, step))
-        images, index = [], []
-        for i in rng.integers(len(train_names), size=cfg.batch_size):
-            name = train_names[i]
-            images.append(random_crop(source.open(name), cfg.image_size, rng.random(4),
-                                      cfg.min_zoom, flip=True))
-            index.append(rng.choice(captions[name]))
-        return np.stack(images), np.array(index)
-
     def judge(model):
         clip = Clip(model.eval(), "small", runtime.device)
         accuracy = zero_shot(clip, texts, source, val_names[:1000], captions)
@@ -129,6 +132,7 @@ def main():
                        f"captions the nearest is one of theirs")
         return {"zero_shot": accuracy}
 
+    batch = partial(make_batch, source, train_names, captions, cfg)
     if not train_clip(state, batch, texts, cfg, run, runtime, judge):
         with atomic_write(Path(cfg.out, "clip.pt")) as f:
             torch.save(state.model.state_dict(), f)
