@@ -272,13 +272,12 @@ def test_blur_counts(drawings):
     """Drawings shrunk to 24 px and back are far from drawings: the judge sees 64 px."""
     images, facts = drawings
     runtime = Runtime("cpu", "float32", training=False)
-    judge = train_judge(20, images, facts, runtime).eval()
+    judge = train_judge(30, images, facts, runtime).eval()
     reference, fresh, shrunk = (judge_features(judge, x, runtime) for x in (
         images[:300], images[300:], rows.blur(images[300:], 24)))
     assert rows.blur(images[:2], 24).shape == (2, 64, 64, 3)
     floor, distance = (metrics.frechet(x, reference) for x in (fresh, shrunk))
-    print(floor, distance)
-    assert distance > 4 * floor
+    assert distance > 2 * floor  # a judge that sees 32 px: 1.2 times
 
 
 def test_a_judge_of_another_form_is_not_taken(drawings, tmp_path, capsys):
