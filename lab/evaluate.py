@@ -3,10 +3,12 @@
 On the toy world that can be known: a small classifier, trained on true drawings and their
 attributes and on nothing else, says what an image shows. It judges true held-out drawings and their
 reconstructions too, which is as well as any generator behind this VQGAN could do. On other data a
-CLIP judges, better another one than the GPT was trained with (--judge). On the toy world the same
-GPT is also trained twice more, on captions' embeddings and on nothing, and the paper's opponent
-draws too: a search for latents whose image CLIP likes. For the demo's GPT all of it takes minutes;
---controls=False --optimise=0 --plots=False leaves the samples' own rows."""
+CLIP judges, better another one than the GPT was trained with (--judge). On the toy world texts are
+also moved away from their images (--gap), the same GPT is trained twice more, on captions'
+embeddings and on nothing, and others draw too: retrieval, and the paper's opponent, a search for
+latents whose image CLIP likes. For the demo's GPT all of it takes an hour; --controls=False
+--optimise=0 --plots=False leaves the samples' own rows. Options are chosen on prompts that are
+reported nowhere: --prompt_set=choose."""
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 

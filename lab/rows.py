@@ -139,7 +139,7 @@ def add_gap_chart(table, gaps, cfg):
         shares = ", ".join(f"{share:.1%} at {length:g}" for length, share, _, _ in line)
         table.sentences.append(f"Ceiling, a moved text being nearest to its own {name}: {shares}.")
     table.findings["ceilings"] = limits
-    save_chart(Path(cfg.out, "gap.png"), f"match against the gap, seed {cfg.seed}, 95% intervals",
+    save_chart(Path(cfg.out, "moved.png"), f"match against the gap, seed {cfg.seed}, 95% intervals",
                "length of the vector that moves each text, its own", lines)
 
 
