@@ -360,7 +360,7 @@ def test_generic_phrases_are_no_captions_and_no_prompts():
         captions |= {t.format(colour=c, object=o, background=b, size=s) for t in toy.CAPTIONS}
     assert len(set(GENERIC)) == len(GENERIC)
     assert not captions & set(GENERIC)
-    prompts = pytest.importorskip("lab.evaluate").toy_prompts()[1]
+    prompts = pytest.importorskip("lab.prompts").toy_prompts()[1]
     assert not set(prompts) & set(GENERIC)
 
 

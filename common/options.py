@@ -29,6 +29,9 @@ def fail(message):
 
 def parse_value(text, hint):
     """An option's text -> a value of the field's type. Raises ValueError saying what it takes."""
+    if hint is tuple or typing.get_origin(hint) is tuple:  # of whole numbers, or tuple[float, ...]
+        kind = (*typing.get_args(hint), int)[0]
+        return tuple(parse_value(part, kind) for part in text.split(",") if part)
     optional = [t for t in typing.get_args(hint) if t is not type(None)]
     if optional:  # int | None and the like, None being written auto
         return None if text == "auto" else parse_value(text, optional[0])
@@ -36,8 +39,6 @@ def parse_value(text, hint):
         if text.lower() not in ("true", "false"):
             raise ValueError("one of True, False")
         return text.lower() == "true"
-    if hint is tuple:
-        return tuple(parse_value(part, int) for part in text.split(",") if part)
     if hint is str:
         return os.path.expanduser(text)
     try:

@@ -18,7 +18,7 @@ from common.dumps import open_dump
 from common.files import atomic_write, write_json
 from common.options import check_range, fail, parse_options
 from common.process import run_main
-from lab.judge import Examiner
+from lab.judge import GAP, Examiner
 from lab.stages import run_stage
 from lab.table import save_chart
 from toy import read_world
@@ -75,7 +75,7 @@ SAMPLING = {  # name: options of sample.py, for images drawn from the reference'
 SAME_SPEED = {"noise", "spread", "center", "token_corruption"}  # other numbers, the same shapes
 COLUMNS = {  # figure: (title, factor, digits)
     "val_loss": ("validation loss", 1, 3), "both": ("object and colour", 100, 1),
-    "unseen": ("unseen pairs", 100, 1), "moved": ("object and colour, gap 0.8", 100, 1),
+    "unseen": ("unseen pairs", 100, 1), "moved": (f"object and colour, gap {GAP}", 100, 1),
     "frechet": ("Fréchet distance", 1, 0)}
 
 
@@ -173,7 +173,7 @@ def to_markdown(runs, rows):
 def save_noise_chart(path, runs, rows, seeds):
     """Match against the noise in training, without and with the gap."""
     levels = {name: float(name.split()[1]) for name in rows if name.startswith("noise")}
-    lines = {"as is": [], "gap 0.8": []}
+    lines = {"as is": [], f"gap {GAP}": []}
     for name, x in sorted((levels | {"reference": 0.5}).items(), key=lambda item: item[1]):
         for key, line in zip(("both", "moved"), lines.values()):
             values = [run[key] for run in runs if run["name"] == name]

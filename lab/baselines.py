@@ -62,28 +62,28 @@ def write_caption_dump(out, cfg, dump, vqgan, clip):
 
 def train_controls(cfg, config, dump, vqgan, clip, runtime):
     """Train a GPT by the options `config` once more on captions' embeddings, and once on nothing.
-    Returns {"captions" or "nothing": (GPT, changes to the sampling options)}."""
+    Returns {"captions" or "nothing": GPT}."""
     folder = Path(cfg.out, f"controls-{file_sha256(cfg.gpt)[:8]}")
     write_caption_dump(folder / "caption_tokens", cfg, dump, vqgan, clip)
     controls = {}
-    for name, what, changes, sampling in (
-            # a caption leaves open what a prompt does: no spread, no variety
-            ("captioned", "captions", {"data": folder / "caption_tokens", "spread": 0.0},
-             {"variety": 0.0}),
+    for name, what, changes in (
+            # a caption leaves open what a prompt does: no spread
+            ("captioned", "captions", {"data": folder / "caption_tokens", "spread": 0.0}),
             # validation, which has conditions, must not choose the weights: the last ones count
-            ("unconditioned", "nothing", {"cond_drop_prob": 1.0, "eval_every": config["max_steps"]},
-             {"guidance": 0.0})):
+            ("unconditioned", "nothing", {"cond_drop_prob": 1.0,
+                                          "eval_every": config["max_steps"]})):
         options = config | changes | {"out": folder / name, "device": cfg.device, "fresh": False}
         del options["preset"]  # whose options are among the others
         run_stage("train_gpt.py", options, capture=False)
-        controls[what] = load_gpt(folder / name / "gpt.pt", runtime.device)[0], sampling
+        controls[what] = load_gpt(folder / name / "gpt.pt", runtime.device)[0]
     return controls
 
 
 # ----------------------------------------------------------------------------------- optimisation
 
 
-def vqgan_clip_baseline(vqgan, clip, texts, seconds, grid, seed, runtime, crops=16):
+def vqgan_clip_baseline(vqgan, clip, texts, seconds, grid, seed, runtime, crops,
+                        learning_rate):
     """Latents whose image CLIP finds like the text, by gradient (VQGAN-CLIP, Crowson et al. 2022):
     Adam through codebook (straight-through), decoder and CLIP, on random crops of each image.
 
@@ -94,7 +94,7 @@ def vqgan_clip_baseline(vqgan, clip, texts, seconds, grid, seed, runtime, crops=
     noise_rng = torch.Generator(runtime.device).manual_seed(seed) if is_cuda else rng
     start = torch.randint(vqgan.cfg.codebook_size, (len(texts), grid, grid), generator=rng)
     z = vqgan.quantize.lookup(start.to(texts.device)).clone().requires_grad_()     # (P, d, h, w)
-    adam, start_time, results = torch.optim.Adam([z], 0.1), time.time(), []
+    adam, start_time, results = torch.optim.Adam([z], learning_rate), time.time(), []
     while True:
         with runtime.autocast():
             x = vqgan.decoder(vqgan.post_quant_conv(vqgan.quantize(z)[0])).float()  # (P, 3, S, S)

@@ -3,11 +3,13 @@
 On the toy world that can be known: a small classifier, trained on true drawings and their
 attributes and on nothing else, says what an image shows. It judges true held-out drawings and their
 reconstructions too, which is as well as any generator behind this VQGAN could do. On other data a
-CLIP judges, better another one than the GPT was trained with (--judge). On the toy world the same
-GPT is also trained twice more, on captions' embeddings and on nothing, and the paper's opponent
-draws too: a search for latents whose image CLIP likes. For the demo's GPT all of it takes minutes;
---controls=False --optimise=0 --plots=False leaves the samples' own rows."""
-from dataclasses import asdict, dataclass, replace
+CLIP judges, better another one than the GPT was trained with (--judge). On the toy world texts are
+also moved away from their images (--gap), the same GPT is trained twice more, on captions'
+embeddings and on nothing, and others draw too: retrieval, and the paper's opponent, a search for
+latents whose image CLIP likes. For the demo's GPT all of it takes an hour; --controls=False
+--optimise=0 --plots=False leaves the samples' own rows. Options are chosen on prompts that are
+reported nowhere: --prompt_set=choose."""
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,12 @@ from common.options import check_range, fail, parse_options
 from common.process import run_main
 from common.runtime import Runtime
 from common.sources import ImageSource, center_crops, split_names
-from lab import rows
+from lab import comparisons, rows
 from lab.baselines import find_dump, train_controls
-from lab.judge import get_judge, toy_prompts
+from lab.judge import get_judge
 from lab.painter import make_painter
-from lab.table import Table
+from lab.prompts import Prompts, choosing_prompts, reported_prompts
+from lab.table import Table, find_doubts
 from sample import format_options, load
 from toy import read_world
 
@@ -34,6 +37,7 @@ from toy import read_world
 class Config:
     data: str = "data/toy"           # the toy world, or any folder or .tar of images
     texts: str = ""                  # for other data than the toy world: prompts, one a line
+    prompt_set: str = "report"       # of the toy world: report, or choose, to choose options by
     out: str = "out/toy"             # match.json, match.md, match.png, compare.png, plots, judge.pt
     gpt: str = ""                    # as in sample.py
     vqgan: str = ""                  # as in sample.py
@@ -47,10 +51,10 @@ class Config:
     top_p: float | None = None       # as in sample.py
     variety: float | None = None     # as in sample.py
     seed: int = 0                    # of the samples
-    gap: float = 0.8                 # length of the vector added to text embeddings in one row
-    plots: bool | None = None        # match against guidance and variety (auto: toy world)
+    gap: tuple[float, ...] = (0.8, 1.2, 1.6, 2.4)  # lengths of the vectors that move each text
+    plots: bool | None = None        # match against gap, guidance and variety (auto: toy world)
     controls: bool | None = None     # train the GPT on captions and on nothing (auto: toy world)
-    optimise: int | None = None      # prompts to optimise against CLIP (auto: toy world, 96)
+    optimise: int | None = None      # prompts to optimise against CLIP (auto: toy world, 48)
     judge_steps: int = 300           # training steps of the judge
     min_match: float = 0.0           # exit with code 1 if fewer samples show object and colour
     batch_size: int = 96             # images at a time
@@ -65,7 +69,7 @@ def check(cfg, is_toy):
     """Refuse options that make no sense, by themselves or together."""
     check_range(cfg, 1, 2 ** 62, "n", "judge_steps", "batch_size")
     check_range(cfg, 0, 1, "top_p", "min_match")
-    check_range(cfg, 0, 1e6, "guidance", "temperature", "variety", "gap")
+    check_range(cfg, 0, 1e6, "guidance", "temperature", "variety")
     if not is_toy and not cfg.texts:
         fail(f"{cfg.data} is no toy world (no captions.tsv); draw one with toy.py, or give "
              f"prompts, --texts=FILE")
@@ -74,6 +78,11 @@ def check(cfg, is_toy):
              "them with --data")
     if cfg.controls and not is_toy:
         fail("--controls=True needs the toy world, which has captions")
+    if cfg.prompt_set not in ("report", "choose"):
+        fail(f"--prompt_set={cfg.prompt_set} makes no sense: it takes one of report, choose")
+    if cfg.prompt_set == "choose" and (cfg.controls or cfg.optimise):
+        fail("--prompt_set=choose is for choosing options: it goes without --controls and "
+             "--optimise")
     if cfg.optimise == 1:
         fail("--optimise=1 is too few to compare; it takes 0 or from 2 prompts on")
 
@@ -87,8 +96,9 @@ def fill_in(cfg, is_toy, gpt, options):
         fail("--controls=True needs a GPT that is not classic, one that can do without its "
              "condition")
     plots = is_toy and options["guidance"] != 1 if cfg.plots is None else cfg.plots
-    controls = is_toy and not gpt.cfg.classic if cfg.controls is None else cfg.controls
-    optimise = 96 * is_toy if cfg.optimise is None else cfg.optimise
+    compares = is_toy and cfg.prompt_set == "report"
+    controls = compares and not gpt.cfg.classic if cfg.controls is None else cfg.controls
+    optimise = 48 * compares if cfg.optimise is None else cfg.optimise
     return replace(cfg, plots=plots, controls=controls, optimise=optimise)
 
 
@@ -98,12 +108,14 @@ def fill_in(cfg, is_toy, gpt, options):
 @dataclass
 class Data:
     """What samples are asked for, and the true images, uint8 (N, S, S, 3), to compare them with."""
-    prompts: list                    # P texts
+    prompts: Prompts                 # those that the table is about
     train: np.ndarray                # what the networks were trained on, all or some of it
+    is_learnt: np.ndarray            # whether the VQGAN and the GPT were, not the CLIP alone (N,)
     heldout: np.ndarray              # what they were not
     groups: list                     # of the held-out images: those of one kind
+    kinds: dict = field(default_factory=dict)  # {name: other Prompts}
     # of toy worlds alone
-    wanted: list | None = None       # P dicts of attributes
+    choosing: Prompts | None = None  # to choose options by
     train_rows: list | None = None   # rows of captions.tsv
     heldout_rows: list | None = None
 
@@ -111,16 +123,20 @@ class Data:
 def read_data(cfg, is_toy, image_size):
     """A toy world; or images of any folder and the prompts of --texts."""
     if is_toy:
-        wanted, prompts = toy_prompts()
+        kinds, choosing = reported_prompts(), choosing_prompts()
+        if cfg.prompt_set == "choose":
+            kinds = {"plain": choosing}
         heldout, heldout_rows = read_world(cfg.data, "heldout")
         train, train_rows = read_world(cfg.data, "train", "unseen")
+        is_learnt = np.array([row["split"] == "train" for row in train_rows])
         groups = [f"{r['colour']} {r['object']}" for r in heldout_rows]
-        data = Data(prompts, train, heldout, groups, wanted, train_rows, heldout_rows)
+        data = Data(kinds.pop("plain"), train, is_learnt, heldout, groups, kinds, choosing,
+                    train_rows, heldout_rows)
     else:
-        prompts, source = read_prompts(cfg.texts), ImageSource(cfg.data)
+        prompts, source = Prompts(read_prompts(cfg.texts)), ImageSource(cfg.data)
         train, heldout = (center_crops(source, names, image_size, 2000)
                           for names in split_names(source, 10.0))
-        data = Data(prompts, train, heldout, list(range(len(heldout))))
+        data = Data(prompts, train, np.ones(len(train), bool), heldout, list(range(len(heldout))))
     if min(len(data.train), len(data.heldout)) < 4:
         fail(f"{cfg.data} has {len(data.train)} + {len(data.heldout)} images that can be read, too "
              f"few to compare with")
@@ -147,20 +163,22 @@ def write_results(table, images, options, cfg):
     table.sentences.append(
         f"GPT {cfg.gpt}, seed {cfg.seed}; {format_options(options)}. Shares with Wilson's 95% "
         f"intervals, means ± 1.96 standard errors, Fréchet distances ± 1.96 standard deviations "
-        f"over resamplings; n counts images, for diversity prompts.")
-    out, prompts, markdown = Path(cfg.out), table.data.prompts, table.to_markdown()
+        f"over resamplings; n counts images, for diversity prompts. Floors are of as many true "
+        f"training images, ± 1.96 standard deviations over draws of them.")
+    out, prompts, markdown = Path(cfg.out), table.data.prompts.texts, table.to_markdown()
     print(markdown, flush=True)
     with atomic_write(out / "match.md") as f:
         f.write_text(markdown + "\n", encoding="utf-8")
     write_json(out / "match.json", {
         "config": asdict(cfg), "options": options, "judge": table.judge_clip.name,
+        "notes": table.notes,
         "seed": cfg.seed, "table": table.rows, "findings": table.findings})
     images = [Image.fromarray(image) for image in images]
     by_prompt = [images[i:i + cfg.n] for i in range(0, len(images), cfg.n)]
     save_grid(out / "match.png", by_prompt, prompts, across=2)
     chosen = np.arange(0, len(prompts), max(1, len(prompts) // 12))
     if cfg.optimise:
-        chosen = np.sort(rows.choose_prompts(prompts, cfg.optimise)[:12])
+        chosen = np.sort(comparisons.pick(table.data.prompts, cfg.optimise)[:12])
     by_kind = [[Image.fromarray(row[i]) for i in chosen] for row in table.sheet.values()]
     save_grid(out / "compare.png", by_kind, list(table.sheet),
               column_labels=[prompts[i] for i in chosen])
@@ -189,19 +207,20 @@ def main():
         judge = get_judge(cfg.data, cfg.out, data.train, data.train_rows, runtime, cfg.judge_steps)
     if dump:
         controls = train_controls(cfg, config, dump, vqgan, clip, runtime)
-    table = Table(data, cfg.n, clip, judge_clip, judge, runtime)
+    doubts = find_doubts(data.prompts.texts, clip, judge_clip, is_toy)
+    table = Table(data, cfg.n, clip, judge_clip, judge, runtime, doubts)
     painter = make_painter(gpt, vqgan, runtime, seed=cfg.seed, batch_size=cfg.batch_size)
     rows.add_true_images(table, painter)
     images = rows.add_samples(table, painter, options)
-    painters = {0.0: (painter, rows.SAMPLES)}
-    if cfg.gap and not gpt.cfg.classic:
-        painters[cfg.gap] = rows.add_gap(table, painter, options, cfg.gap)
+    rows.add_retrieved(table)
+    gaps = rows.add_gaps(table, painter, options, cfg.gap)
     if cfg.plots:
-        rows.add_sweeps(table, painters, options, cfg)
+        rows.add_gap_chart(table, gaps, cfg)
+        rows.add_sweeps(table, gaps, options, cfg)
     if controls:
-        rows.add_controls(table, controls, painter, options)
+        comparisons.add_controls(table, controls, painter, options)
     if cfg.optimise:
-        rows.add_optimised(table, painter, images, options, cfg)
+        comparisons.add_optimised(table, painter, images, options, cfg)
     write_results(table, images, options, cfg)
     return 1 if is_toy and table.rows[rows.SAMPLES]["both"]["share"] < cfg.min_match else 0
 

@@ -18,8 +18,7 @@ from common.options import fail, parse_options
 from common.process import run_main
 from common.sampling import MODERN
 from lab.demo import load_demo, paint, paint_alone, read_log, train_variants
-from lab.judge import GAP
-from lab.painter import make_painter, shift, shifted_text_mean, with_shifted_text_mean
+from lab.painter import GAP, make_painter, shift, shifted_text_mean, with_shifted_text_mean
 from lab.pictures import bars, line_chart, save_sheet, text_grid, tile, to_palette, write_text
 from sample import conditions_and_uniforms
 

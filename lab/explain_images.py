@@ -6,10 +6,10 @@ from PIL import Image, ImageDraw
 
 from common.images import to_image, to_tensor
 from lab.demo import encode, find, most_used, paint, paint_alone, read_log, watch_training
-from lab.judge import GAP, toy_prompts
 from lab.metrics import clip_embeddings
-from lab.painter import shift, shifted_text_mean
+from lab.painter import GAP, shift, shifted_text_mean
 from lab.pictures import COLOURS, line_chart, save_sheet, scatter, text_grid, tile
+from lab.prompts import toy_prompts
 from toy import UNSEEN
 
 SHOWN = ("red bus", "blue fish", "green tree", "yellow star")

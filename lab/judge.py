@@ -15,29 +15,24 @@ from common.openai_clip import load_clip
 from common.optim import learning_rate
 from common.progress import Progress
 from common.runtime import Runtime
-from lab.metrics import downscale, frechet, in_batches, proportion
-from lab.painter import make_painter, shift, shifted_text_mean, with_shifted_text_mean
-from toy import BACKGROUNDS, COLOURS, OBJECTS, UNSEEN, read_world
+from lab.metrics import clip_embeddings, downscale, frechet, in_batches, proportion
+from lab.painter import make_painter, painter_for, with_gap
+from lab.prompts import is_unseen, toy_prompts
+from toy import BACKGROUNDS, COLOURS, OBJECTS, read_world
 
-GAP = 0.8  # length of the modality gap of OpenAI's CLIP
+GAP = 1.2  # of the Examiner: length of each text's own vector
 ATTRIBUTES = {"object": OBJECTS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
-
-
-def toy_prompts():
-    """Every colour with every object: [{"colour", "object"}], and "a {colour} {object}" of each."""
-    wanted = [{"colour": c, "object": o} for c in COLOURS for o in OBJECTS]
-    return wanted, ["a {colour} {object}".format(**w) for w in wanted]
 
 
 class Judge(nn.Module):
     """A small convolutional classifier: images (B, 3, S, S) in [0, 1] -> logits of each attribute.
-    """
+    It looks at 64 x 64 pixels, so that its features tell a sharp drawing from a blurred one."""
 
     def __init__(self):
         super().__init__()
-        layers, c = [], 3
-        for width in (32, 64, 128):
-            for c_in in (c, width):
+        layers, c = [nn.Conv2d(3, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()], 32
+        for width, convs in ((32, 1), (64, 2), (128, 2)):
+            for c_in in (c, width)[:convs]:
                 layers += [nn.Conv2d(c_in, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             layers.append(nn.MaxPool2d(2))
             c = width
@@ -45,7 +40,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({k: nn.Linear(256, len(v)) for k, v in ATTRIBUTES.items()})
 
     def features(self, x):
-        return self.body(downscale(x, 32))                                     # (B, 256)
+        return self.body(downscale(x, 64))                                     # (B, 256)
 
     def forward(self, x):
         h = self.features(x)
@@ -53,14 +48,15 @@ class Judge(nn.Module):
 
 
 def get_judge(data, out, images, rows, runtime, steps=300):
-    """The judge of a toy world: out/judge.pt if that was trained on it, else trained on its images
-    and their rows of captions.tsv."""
+    """The judge of a toy world: out/judge.pt if that was trained on it and has these layers, else
+    trained on its images and their rows of captions.tsv."""
     path, world = Path(out, "judge.pt"), Path(data, "world.json").read_text()
     judge = Judge().to(runtime.device)
+    about = {"world": world, "steps": steps, "layers": str(judge)}
     if path.is_file():
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            if saved["world"] == world and saved["steps"] == steps:
+            if all(saved.get(name) == value for name, value in about.items()):
                 judge.load_state_dict(saved["judge"])
                 return judge.eval()
         except Exception as e:  # damaged files raise many kinds
@@ -68,7 +64,7 @@ def get_judge(data, out, images, rows, runtime, steps=300):
     runtime.print0(f"training the judge on the true drawings of {data}, {steps} steps")
     judge = train_judge(steps, images, rows, runtime)
     with atomic_write(path) as f:
-        torch.save({"judge": judge.state_dict(), "world": world, "steps": steps}, f)
+        torch.save({"judge": judge.state_dict()} | about, f)
     return judge.eval()
 
 
@@ -110,7 +106,7 @@ def match(judge, images, wanted, runtime):
                        for i, w in zip(column, wanted)]
     right["both"] = [o and c for o, c in zip(right["object"], right["colour"])]
     right["unseen"] = [both for both, w in zip(right["both"], wanted)
-                       if (w["colour"], w["object"]) in UNSEEN]
+                       if is_unseen(w)]
     return {name: proportion([hit for hit in hits if hit is not None])
             for name, hits in right.items()}
 
@@ -130,12 +126,14 @@ class Examiner:
         self.judge = get_judge(data, models, images, rows, self.runtime)
         self.reference = judge_features(self.judge, heldout, self.runtime)         # (M, 256)
         images = images[[row["split"] == "train" for row in rows]]
-        self.moved_mean = shifted_text_mean(self.clip, GAP, images[:2000])         # (D,)
+        self.image_embeds = clip_embeddings(self.clip, images)                     # (N, D)
+        self.moved_clip = with_gap(self.clip, GAP)
 
     def __call__(self, path, changes):
         """Figures of the GPT in a file, at guidance 3 (classic: 1) but for `changes` to the options
         of sample.py: shares of right object and colour, of all pairs ("both"), of the unseen ones
-        and with a modality gap ("moved"); Frechet distance to the held-out images."""
+        and with each text moved by its own vector ("moved"); Frechet distance to the held-out
+        images."""
         gpt, meta = load_gpt(path, "cpu")
         vqgan = load_named(lambda file: load_vqgan(file, "cpu"), path.parent, meta["vqgan"],
                            meta["vqgan_sha256"], path)
@@ -143,8 +141,8 @@ class Examiner:
         options |= {"temperature": 0.7, "top_k": 0, "top_p": 1.0} | changes
         painter = make_painter(gpt, vqgan, self.runtime)
         images = painter(self.texts, self.prompts, self.n, options)
-        moved = with_shifted_text_mean(painter, self.moved_mean)(
-            shift(self.texts, GAP), self.prompts, self.n, options)
+        moved = painter_for(painter, self.moved_clip, self.image_embeds)(
+            self.moved_clip.encode_text(self.prompts), self.prompts, self.n, options)
         wanted = [w for w in self.wanted for _ in range(self.n)]
         right, moved = (match(self.judge, x, wanted, self.runtime) for x in (images, moved))
         distance = frechet(judge_features(self.judge, images, self.runtime), self.reference)

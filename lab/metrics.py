@@ -2,6 +2,7 @@
 
 Images are uint8 (N, S, S, 3) throughout, as they are saved."""
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,19 +49,26 @@ def frechet(a, b):
     return float(squares - 2 * cross)
 
 
-def cmmd(a, b, sigma=10.0):
+def kernel(a, b, sigma=10.0):
+    """Gaussian kernel of rows (N, D) and (M, D) -> (N, M), float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    squares = (a ** 2).sum(1)[:, None] - 2 * a @ b.T + (b ** 2).sum(1)         # (N, M)
+    return np.exp(-squares / (2 * sigma ** 2))
+
+
+def mean_of_pairs(a, sigma=10.0):
+    """The mean kernel of two different rows of a (N, D)."""
+    k = kernel(a, a, sigma)
+    return (k.sum() - np.trace(k)) / (len(a) * (len(a) - 1))
+
+
+def cmmd(a, b, sigma=10.0, pairs_b=None):
     """CLIP maximum mean discrepancy (Jayasumana et al. 2024): unit embeddings (N, D) and (M, D) ->
     1000 times the unbiased estimate of the squared distance of their distributions, by a Gaussian
-    kernel of width sigma. About 0, and as often below, for two samples of one distribution."""
-    def kernel(x, y):
-        squares = (x ** 2).sum(1)[:, None] - 2 * x @ y.T + (y ** 2).sum(1)     # (N, M)
-        return np.exp(-squares / (2 * sigma ** 2))
-
-    def mean_of_pairs(x):
-        k = kernel(x, x)
-        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(1000 * (mean_of_pairs(a) + mean_of_pairs(b) - 2 * kernel(a, b).mean()))
+    kernel of width sigma. About 0, and as often below, for two samples of one distribution.
+    pairs_b: mean_of_pairs(b), where it is known."""
+    pairs_b = mean_of_pairs(b, sigma) if pairs_b is None else pairs_b
+    return float(1000 * (mean_of_pairs(a, sigma) + pairs_b - 2 * kernel(a, b, sigma).mean()))
 
 
 def frechet_win_rate(a, b, reference, rounds=40):
@@ -103,33 +111,63 @@ def clip_embeddings(clip, images):
     return in_batches(lambda x: clip.encode_image(x.to(clip.device)), images, clip.size)
 
 
-def retrieval(clip, images, texts, own):
-    """CLIP's mean cosine of each image to its own text, number own[i] of embeddings (P, D), and the
-    share of images that are nearer to it than to any other."""
-    cosines = clip_embeddings(clip, images) @ texts.T                          # (N, P)
+def retrieval(embeds, texts, own):
+    """CLIP's mean cosine of each image (N, D) to its own text, number own[i] of texts (P, D), and
+    the share of images that are nearer to it than to any other."""
+    cosines = embeds @ texts.T                                                 # (N, P)
     own = torch.as_tensor(own, device=cosines.device)                          # (N,)
     similarity = cosines.gather(1, own[:, None])[:, 0].cpu().numpy()           # (N,)
     hits = (cosines.argmax(1) == own).tolist()
     return {"similarity": mean(similarity), "retrieval": proportion(hits)}
 
 
-def quality(features, images, groups, reference, train_thumbnails, n):
-    """Figures that need no labels. "frechet": distance of n of the images to the reference's
-    features (M, F), with 1.96 standard deviations over 10 resamplings; "diversity": mean distance
-    of features within a group (images of one prompt); "nearest": distance to the nearest training
-    image, RMS over pixels at 16 x 16. `features` is a function, images -> (N, F)."""
-    rng, f = np.random.default_rng(0), features(images)
-    index = rng.permutation(len(f))[:n]
-    resampled = [frechet(f[rng.choice(index, len(index))], reference) for _ in range(10)]
+@dataclass
+class Reference:
+    """True images, as features (M, F) and embeddings (M, D), and how far images are from them."""
+    features: np.ndarray
+    embeds: np.ndarray
+
+    def __post_init__(self):
+        self.pairs = mean_of_pairs(self.embeds)
+
+    def distances(self, features, embeds):
+        """(Frechet distance, CMMD) of images' features (N, F) and embeddings (N, D)."""
+        return frechet(features, self.features), cmmd(embeds, self.embeds, pairs_b=self.pairs)
+
+    def judge(self, features, embeds):
+        """Both distances, each with 1.96 standard deviations over 10 resamplings."""
+        rng, n = np.random.default_rng(0), len(features)
+        picks = [rng.choice(n, n) for _ in range(10)]
+        spread = 1.96 * np.std([self.distances(features[i], embeds[i]) for i in picks], 0)
+        return as_figures(self.distances(features, embeds), spread, n)
+
+    def floor(self, features, embeds, n, draws=20):
+        """Both distances of n other true images: mean and 1.96 standard deviations over draws of n
+        from features (N, F) and embeddings (N, D)."""
+        picks = [np.random.default_rng((0, i)).permutation(len(features))[:n] for i in range(draws)]
+        found = [self.distances(features[i], embeds[i]) for i in picks]
+        return as_figures(np.mean(found, 0), 1.96 * np.std(found, 0), len(picks[0]), "_floor")
+
+
+def as_figures(values, halves, n, suffix=""):
+    return {name + suffix: {"mean": float(value), "half": float(half), "n": n}
+            for name, value, half in zip(("frechet", "cmmd"), values, halves)}
+
+
+def diversity(features, groups):
+    """Mean distance of features (N, F) within a group, as of images of one prompt; None if no group
+    holds two."""
     distances = []
     for group in sorted(set(groups)):
-        rows = f[np.flatnonzero(np.asarray(groups) == group)[:20]]             # (g, F)
+        rows = features[np.flatnonzero(np.asarray(groups) == group)[:20]]      # (g, F)
         if len(rows) > 1:
             pairs = np.linalg.norm(rows[:, None] - rows[None], axis=-1)        # (g, g)
             distances.append(pairs.sum() / (len(rows) * (len(rows) - 1)))
-    x, t = thumbnails(images[index]), train_thumbnails
+    return mean(distances) if distances else None
+
+
+def nearest(images, train_thumbnails):
+    """Mean distance of images to the nearest training image, RMS over pixels at 16 x 16."""
+    x, t = thumbnails(images), train_thumbnails
     squares = (x ** 2).sum(1)[:, None] - 2 * x @ t.T + (t ** 2).sum(1)         # (n, train images)
-    nearest = np.sqrt(np.maximum(squares.min(1), 0) / t.shape[1])              # (n,)
-    return {"frechet": {"mean": frechet(f[index], reference),
-                        "half": float(1.96 * np.std(resampled)), "n": len(index)},
-            "diversity": mean(distances) if distances else None, "nearest": mean(nearest)}
+    return mean(np.sqrt(np.maximum(squares.min(1), 0) / t.shape[1]))

@@ -1,15 +1,19 @@
-"""Images of embeddings, as sample.py draws them; and OpenAI's modality gap, put on another CLIP."""
+"""Images of embeddings, as sample.py draws them; and a modality gap, put on another CLIP."""
 import copy
+import hashlib
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.modality import GENERIC, text_mean
+from common.modality import GENERIC, text_mean, text_mean_of
 from common.runtime import Runtime
 from lab.metrics import clip_embeddings, in_batches, to_uint8
 from model import GPT, VQGAN
 from sample import accelerate, conditions_and_uniforms, draw
+
+GAP = 0.8  # of lab/explain.py: between the mean embeddings of OpenAI's CLIP
 
 
 @dataclass
@@ -46,9 +50,41 @@ def make_painter(gpt, vqgan, runtime, **changes):
     return Painter(gpt, accelerate(gpt, runtime.dtype), vqgan, runtime, **changes)
 
 
+# ------------------------------------------------------------------------------------------- gaps
+
+
+def own_vectors(texts, dim, draw=0):
+    """A random unit vector for each text (N, D), a function of (draw, text) alone."""
+    rngs = [np.random.default_rng(list(hashlib.sha256(f"{draw} {text}".encode()).digest()))
+            for text in texts]
+    vectors = np.stack([rng.standard_normal(dim, np.float32) for rng in rngs])     # (N, D)
+    return F.normalize(torch.from_numpy(vectors), dim=-1)
+
+
+def move(embeds, texts, length, draw=0):
+    """The unit embeddings (N, D) of texts, each moved by its own random vector of this length."""
+    vectors = own_vectors(texts, embeds.shape[1], draw).to(embeds.device)          # (N, D)
+    return F.normalize(embeds + length * vectors, dim=-1)
+
+
+def with_gap(clip, length):
+    """The CLIP, but for its texts, which `move` has moved: no centring brings them back. 1.2 leaves
+    a cosine of 0.63 to where a text was, 2.4 one of 0.38; OpenAI's ViT-B/32 has about 0.3."""
+    moved = copy.copy(clip)
+    moved.encode_text = lambda texts: move(clip.encode_text(texts), texts, length)
+    return moved
+
+
+def painter_for(painter, clip, image_embeds):
+    """The painter, its GPT's text mean being what prepare.py finds for this CLIP, given some
+    training images' embeddings (N, D)."""
+    return with_shifted_text_mean(painter, text_mean_of(clip, image_embeds.cpu())[0])
+
+
 @torch.no_grad()
 def shift(embeds, length):
-    """Unit embeddings (N, D) moved by a constant vector of this length: a modality gap."""
+    """Unit embeddings (N, D) moved by one constant vector of this length: a gap that centring alone
+    undoes, for lab/explain.py."""
     rng = torch.Generator().manual_seed(0)
     direction = F.normalize(torch.randn(embeds.shape[1], generator=rng), dim=0)
     return F.normalize(embeds + length * direction.to(embeds.device), dim=-1)

@@ -1,8 +1,10 @@
 """lab/: the figures by hand, the evaluation, the ablations and the benchmark in miniature."""
 import dataclasses
+import itertools
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +14,29 @@ import torch.nn.functional as F
 from PIL import Image
 
 import sample
+import toy
 from common.checkpoints import load_vqgan
+from common.drawings import draw
 from common.dumps import open_dump
+from common.modality import GENERIC
 from common.openai_clip import load_clip
 from common.runtime import Runtime
 from common.sources import ImageSource, split_names
-from lab import bench, metrics
+from lab import baselines, bench, comparisons, metrics, prompts, rows
 from lab.bench_sampling import measure_sampling, plain_in, time_on_gpu
-from lab.painter import make_painter, shift, with_shifted_text_mean
+from lab.judge import ATTRIBUTES, get_judge, judge_features, train_judge
+from lab.painter import (
+    make_painter,
+    move,
+    own_vectors,
+    shift,
+    with_gap,
+    with_shifted_text_mean,
+)
+from lab.rows import RETRIEVED
 from tests.helpers import (
     cached_logits,
+    load_raw,
     one_line_error,
     rand,
     randn,
@@ -30,6 +45,7 @@ from tests.helpers import (
     snapshot,
     stage_error,
     tiny_gpt,
+    tiny_vqgan,
     tokens_for,
 )
 from tests.inprocess import call_error, call_stage, link_world
@@ -39,6 +55,10 @@ EVALUATE = ["-m", "lab.evaluate", "--gpt=out/toy/gpt.pt", "--out=out/evaluated",
 
 
 # ------------------------------------------------------------------------------ figures by hand
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def test_frechet_distance_by_hand():
@@ -53,13 +73,12 @@ def test_frechet_distance_by_hand():
 def test_cmmd_is_unbiased_and_grows_with_the_difference():
     rng = np.random.default_rng(0)
 
-    def unit(n, shift=0.0):
-        x = rng.normal(size=(n, 16)) + shift
-        return x / np.linalg.norm(x, axis=1, keepdims=True)
-    same = [metrics.cmmd(unit(40), unit(60)) for _ in range(60)]
+    def sample(n, shift=0.0):
+        return unit(rng.normal(size=(n, 16)) + shift)
+    same = [metrics.cmmd(sample(40), sample(60)) for _ in range(60)]
     assert abs(np.mean(same)) < 3 * np.std(same) / 60 ** 0.5 and min(same) < 0 < max(same)
-    assert max(same) < metrics.cmmd(unit(40), unit(60, 0.5)) \
-        < metrics.cmmd(unit(40), unit(60, 2.0))
+    assert max(same) < metrics.cmmd(sample(40), sample(60, 0.5)) \
+        < metrics.cmmd(sample(40), sample(60, 2.0))
     a, b = np.eye(2), np.array([[0.6, 0.8], [0.8, 0.6]])
     k_aa, k_bb = np.exp(-2 / 2), np.exp(-0.08 / 2)  # by hand, at width 1
     k_ab = (np.exp(-0.8 / 2) + np.exp(-0.4 / 2)) / 2
@@ -91,34 +110,128 @@ def test_retrieval_and_proportions_by_hand():
     assert found["high"] == pytest.approx(0.9433, abs=1e-3)
     assert metrics.proportion([]) is None
 
-    class MeanColour:
-        size, device = 8, "cpu"
-
-        def encode_image(self, pixels):
-            return F.normalize(pixels.mean((2, 3)), dim=-1)
-    images = np.zeros((4, 8, 8, 3), np.uint8)
-    images[[0, 1], ..., 0], images[[2, 3], ..., 1] = 200, 100
-    found = metrics.retrieval(MeanColour(), images, torch.eye(3)[:2], [0, 0, 1, 0])
+    embeds = torch.eye(3)[[0, 0, 1, 1]]
+    found = metrics.retrieval(embeds, torch.eye(3)[:2], [0, 0, 1, 0])
     assert found["retrieval"]["share"] == 0.75
     assert found["similarity"]["mean"] == pytest.approx(0.75)
 
 
-def test_quality_by_hand():
-    """Features are the mean colour: diversity is their distance within a group, and an image that
-    was trained on is its own nearest."""
+def test_diversity_and_nearest_training_image_by_hand():
+    """Features are the mean colour; an image that was trained on is its own nearest."""
     images = np.zeros((4, 32, 32, 3), np.uint8)
     images[1, ..., 0], images[3, ..., 1] = 255, 51
-    found = metrics.quality(lambda x: x.mean((1, 2)) / 255.0, images, ["a", "a", "b", "b"],
-                            np.random.default_rng(0).random((9, 3)), metrics.thumbnails(images), 3)
-    assert found["diversity"]["mean"] == pytest.approx((1 + 0.2) / 2)
-    assert found["nearest"]["mean"] == pytest.approx(0, abs=1e-3)
-    assert found["frechet"]["n"] == 3 and found["frechet"]["mean"] > 0
+    features = images.mean((1, 2)) / 255
+    assert metrics.diversity(features, ["a", "a", "b", "b"])["mean"] == pytest.approx((1 + 0.2) / 2)
+    assert metrics.diversity(features, "abcd") is None
+    t = metrics.thumbnails(images)
+    assert metrics.nearest(images, t)["mean"] == pytest.approx(0, abs=1e-3)
+    assert metrics.nearest(images[1:2], t[:1])["mean"] == pytest.approx(3 ** -0.5, abs=1e-3)
 
 
-def test_gap_is_a_constant_vector_of_that_length():
+def test_a_distance_stands_beside_its_floor_at_the_same_n():
+    """Few true images are far from the reference by Frechet distance, by CMMD they are not."""
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=(900, 16))
+    reference = metrics.Reference(true[:300], unit(true[:300]))
+    few, many = (reference.floor(true[300:], unit(true[300:]), n) for n in (20, 300))
+    assert few["frechet_floor"]["n"] == few["cmmd_floor"]["n"] == 20
+    assert few["frechet_floor"]["mean"] > 4 * many["frechet_floor"]["mean"]
+    assert abs(few["cmmd_floor"]["mean"]) < few["cmmd_floor"]["half"]
+    fresh, other = rng.normal(size=(20, 16)), rng.normal(size=(20, 16)) + 1
+    for images, is_true in ((fresh, True), (other, False)):
+        found = reference.judge(images, unit(images))
+        assert found["frechet"]["n"] == 20 and found["cmmd"]["half"] > 0
+        for name in ("frechet", "cmmd"):
+            floor = few[f"{name}_floor"]
+            assert (found[name]["mean"] < floor["mean"] + 2 * floor["half"]) == is_true
+
+
+# ------------------------------------------------------------------------------ prompts and gaps
+
+
+def test_two_sets_of_prompts():
+    """None is in both, unseen pairs are reported alone, each asks for what it says."""
+    choosing, kinds = prompts.choosing_prompts(), prompts.reported_prompts()
+    assert set(kinds) == {"plain", "long", "paraphrased", "unseen"}
+    reported = [text for kind in kinds.values() for text in kind.texts]
+    assert not set(choosing.texts) & set(reported) and not set(GENERIC) & {*reported,
+                                                                           *choosing.texts}
+    assert len(choosing.texts) == len(set(choosing.texts)) == 84
+    assert [len(kind.texts) for kind in kinds.values()] == [96, 96, 96, 12]
+    assert not any(map(prompts.is_unseen, choosing.wanted))
+    assert all(map(prompts.is_unseen, kinds["unseen"].wanted))
+    for kind in (choosing, *kinds.values()):
+        for text, wanted in zip(kind.texts, kind.wanted):
+            words = text.replace(",", "").replace(".", "").split()
+            assert {"colour", "object"} <= set(wanted) and set(wanted.values()) <= set(words)
+            assert ("background" in wanted) == ("background" in words)
+    templates = [t.format(colour=w["colour"], object=w["object"], size=size, background=b)
+                 for t in toy.CAPTIONS for w in kinds["plain"].wanted for size in toy.SIZES
+                 for b in toy.BACKGROUNDS]
+    assert not set(kinds["paraphrased"].texts) & set(templates)
+
+
+def test_gap_moves_each_text_by_its_own_vector():
+    """Of that length, the same whatever other texts are asked for; images stay."""
+    texts = [f"text {i}" for i in range(50)]
+    e = F.normalize(randn(50, 32), dim=-1)
+    moved = move(e, texts, 1.2)
+    assert torch.allclose(moved.norm(dim=-1), torch.ones(50), atol=1e-5)
+    assert (e * moved).sum(1).mean() == pytest.approx((1 + 1.2 ** 2) ** -0.5, abs=0.05)
+    vectors = own_vectors(texts, 32)
+    assert torch.allclose(F.normalize(e + 1.2 * vectors, dim=-1), moved)
+    others = vectors @ vectors.T - torch.eye(50)
+    assert others.abs().max() < 0.8 and abs(others.mean()) < 0.02    # no constant among them
+    assert torch.equal(own_vectors(texts[3:5], 32), vectors[3:5])
+    assert (own_vectors(texts, 32, draw=1) * vectors).sum(1).max() < 0.8
+
+    class FakeClip:
+        encode_text = staticmethod(lambda texts: e[:len(texts)])
+        encode_image = "as it was"
+    clip = FakeClip()
+    assert torch.equal(with_gap(clip, 1.2).encode_text(texts), moved)
+    assert torch.equal(clip.encode_text(texts), e) and with_gap(clip, 1).encode_image == "as it was"
+
+
+def test_ceilings_of_a_gap():
+    """All texts are found where none has moved, by chance where only the vectors count; a prompt
+    of which no image is known counts for neither."""
+    wanted = [{"colour": "red", "object": name} for name in ("bus", "car", "cup", "fish")]
+    texts = [w["object"] for w in wanted]
+    rows_of = [w for w in wanted[:3] for _ in range(4)]
+    embeds = torch.eye(8)[:3].repeat_interleave(4, 0) + 0.1 * randn(12, 8)
+
+    class FakeClip:
+        size, device = 8, "cpu"
+        encode_image = staticmethod(lambda x: embeds)
+    table = types.SimpleNamespace(
+        clip=FakeClip(), texts=torch.eye(8)[:4], data=types.SimpleNamespace(
+            prompts=prompts.Prompts(texts, wanted), train=np.zeros((12, 8, 8, 3), np.uint8),
+            train_rows=rows_of))
+    found = rows.ceilings(table, (0.0, 1e4))
+    assert list(found) == ["clean text", "images' mean"]
+    for (_, near, low, high), (_, far, *_) in found.values():
+        assert near == low == high == 1 and far < 0.6
+
+
+def test_retrieval_takes_nothing_the_generator_has_not_seen():
+    """The nearest two training images of each prompt; not those that CLIP alone was shown."""
+    calls = []
+    table = types.SimpleNamespace(
+        n=2, texts=torch.eye(3)[:2], sheet={}, data=types.SimpleNamespace(
+            prompts=prompts.Prompts(["x", "y"], ["wants x", "wants y"]),
+            train=np.arange(6), is_learnt=np.array([True, False, True, True, True, False])),
+        train_embeds=torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]]),
+        add=lambda *args: calls.append(args))
+    rows.add_retrieved(table)
+    (_, images, wanted, groups, own), = calls
+    assert images.tolist() == [0, 2, 3, 2] and own.tolist() == [0, 0, 1, 1]
+    assert wanted == ["wants x", "wants x", "wants y", "wants y"] and groups == list("xxyy")
+
+
+def test_constant_gap_is_a_constant_vector_of_that_length():
     e = F.normalize(randn(50, 32), dim=-1)
     moved = shift(e, 0.8)
-    assert torch.allclose(moved.norm(dim=-1), torch.ones(50), atol=1e-5)
     rng = torch.Generator().manual_seed(0)
     direction = F.normalize(torch.randn(32, generator=rng), dim=0)
     offset = moved * (e + 0.8 * direction).norm(dim=-1, keepdim=True) - e
@@ -139,6 +252,85 @@ def test_shifted_text_mean_leaves_the_gpt_as_it_was():
     assert not with_shifted_text_mean(not_centred, mean).gpt.means.any()
 
 
+# ------------------------------------------------------------------------------ judge and rivals
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    """Drawings of 64 px, uint8 (N, 64, 64, 3), and their attributes."""
+    rng, images, facts = np.random.default_rng(0), [], []
+    for _ in range(600):
+        fact = {name: str(rng.choice(list(values))) for name, values in ATTRIBUTES.items()}
+        images.append(np.asarray(draw(64, fact["object"], toy.COLOURS[fact["colour"]],
+                                      toy.BACKGROUNDS[fact["background"]], rng.uniform(.3, .4),
+                                      *rng.uniform(.44, .56, 2), rng.uniform(.9, 1.1))))
+        facts.append(fact)
+    return np.stack(images), facts
+
+
+def test_blur_counts(drawings):
+    """Drawings shrunk to 24 px and back are far from drawings: the judge sees 64 px."""
+    images, facts = drawings
+    runtime = Runtime("cpu", "float32", training=False)
+    judge = train_judge(30, images, facts, runtime).eval()
+    reference, fresh, shrunk = (judge_features(judge, x, runtime) for x in (
+        images[:300], images[300:], rows.blur(images[300:], 24)))
+    assert rows.blur(images[:2], 24).shape == (2, 64, 64, 3)
+    floor, distance = (metrics.frechet(x, reference) for x in (fresh, shrunk))
+    assert distance > 2 * floor  # a judge that sees 32 px: 1.2 times
+
+
+def test_a_judge_of_another_form_is_not_taken(drawings, tmp_path, capsys):
+    images, facts = drawings
+    (tmp_path / "world.json").write_text("{}")
+
+    def trains():
+        get_judge(tmp_path, tmp_path, images, facts, Runtime("cpu", "float32", training=False), 1)
+        return "training the judge" in capsys.readouterr().out
+    assert trains() and not trains()
+    saved = load_raw(tmp_path / "judge.pt")
+    for other in (saved | {"layers": "Judge()"}, {k: saved[k] for k in ("judge", "world", "steps")},
+                  saved | {"world": "another"}):
+        torch.save(other, tmp_path / "judge.pt")
+        assert trains() and not trains()
+
+
+def test_optimisation_takes_its_crops_and_learning_rate(monkeypatch):
+    """Many crops of each image are shown to CLIP; without a learning rate nothing changes."""
+    batches, seconds = [], itertools.count()
+    monkeypatch.setattr(baselines, "time", types.SimpleNamespace(time=lambda: next(seconds)))
+
+    class FakeClip:
+        size = 8
+
+        def encode_image(self, pixels):
+            batches.append(len(pixels))
+            return F.normalize(pixels.mean((2, 3)), dim=-1)
+    texts, vqgan = torch.eye(3)[:2], tiny_vqgan().requires_grad_(False).eval()
+    runtime = Runtime("cpu", "float32", training=False)
+    for crops, rate in ((1, 0.0), (5, 0.0), (5, 0.3)):
+        first, last = baselines.vqgan_clip_baseline(vqgan, FakeClip(), texts, [0.5, 2.5], 4, 0,
+                                                    runtime, crops, rate)
+        assert batches == [2 * crops] * 4 and np.array_equal(first, last) == (rate == 0)
+        batches.clear()
+
+
+def test_a_control_is_given_the_options_that_suit_it(monkeypatch):
+    """The smallest Frechet distance, but for what draws much less that is right."""
+    shares = {1.0: 0.5, 1.5: 0.985, 2.0: 0.99, 3.0: 0.97}            # of each guidance
+    monkeypatch.setattr(comparisons, "match", lambda judge, images, wanted, runtime: {
+        "both": {"share": shares[images["guidance"]]}})
+    table = types.SimpleNamespace(
+        n=2, judge=None, runtime=None, clip=types.SimpleNamespace(encode_text=len),
+        describe=lambda images: (images, images), reference=types.SimpleNamespace(
+            distances=lambda x, _: (x["guidance"] + x["variety"] - x["temperature"], 0)))
+    found, results = comparisons.choose_options(
+        table, lambda embeds, texts, n, options: options, {"top_k": 7},
+        prompts.Prompts(["a"], [{}]))
+    assert found == {"top_k": 7, "guidance": 1.5, "temperature": 1.0, "variety": 0.0}
+    assert len(results) == math.prod(map(len, comparisons.GRID.values()))
+
+
 # ----------------------------------------------------------------------------------- evaluation
 
 
@@ -153,20 +345,30 @@ def test_evaluation_end_to_end(evaluated):
     d, output = evaluated
     out = d / "out/evaluated"
     for name in ("match.json", "match.md", "match.png", "compare.png", "guidance.png",
-                 "variety.png"):
+                 "variety.png", "moved.png", "optimised.png"):
         assert (out / name).stat().st_size > 0
-    table = json.loads((out / "match.json").read_text())["table"]
-    assert len(table) == 34 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
+    written = json.loads((out / "match.json").read_text())
+    table, findings = written["table"], written["findings"]
+    assert len(table) == 49 and all(0 <= row["both"]["share"] <= 1 for row in table.values())
+    assert all(row[name]["n"] == row[f"{name}_floor"]["n"] for row in table.values()
+               for name in ("frechet", "cmmd"))
+    assert table[RETRIEVED]["unseen"]["share"] < 1 and len(findings["grid, optimisation"]) == 9
+    for kind in ("plain", "long", "paraphrased", "unseen"):
+        assert findings[f"language-free / captioned, {kind}"]["low"] >= 0
+    assert len(findings["ceilings"]["clean text"]) == 5
+    assert written["notes"] == ["By the CLIP that conditioned the GPT: it flatters the GPT."]
     assert table["true training images"]["nearest"]["mean"] == pytest.approx(0, abs=1e-3)
     # the default is a row already
     assert "samples at guidance 2" in table and "samples at guidance 3" not in table
-    assert table["samples at guidance 6, gap 0.8"]["both"]["n"] == 96
+    assert table["samples at guidance 6, gap 1.2"]["both"]["n"] == 96
+    assert table["samples, each text moved by 2.4"]["both"]["n"] == 96
     assert table["samples at variety 1.5"]["both"]["n"] == 96
     assert len(list(out.glob("controls-*/*/gpt.pt"))) == 2
     report = (out / "match.md").read_text()
     assert report in output
-    assert "language-free / captioned: " in report and "seed 0" in report
+    assert report.count("language-free / captioned: ") == 4 and "seed 0" in report
     assert "of the 3 prompts" in report and "to their own captions" in output
+    assert "retrieval † |" in report and "\n† By the CLIP that" in report
     figures = [cell for line in report.splitlines() if line.startswith("| ")
                for cell in line.split(" | ")[1:] if any(x.isdigit() for x in cell)]
     assert all("n=" in x and ("±" in x or "–" in x or "n=1" in x) for x in figures)
@@ -178,6 +380,18 @@ def test_evaluation_keeps_its_controls_and_asks_for_a_match(evaluated):
     assert "captioned/gpt.pt is finished" in again.stdout
     assert "unconditioned/gpt.pt is finished" in again.stdout
     assert "training the judge" not in again.stdout
+
+
+def test_the_set_to_choose_by(evaluated):
+    """Neither unseen pairs nor controls; the judge of another call is kept."""
+    d, _ = evaluated
+    done = call_stage("lab.evaluate", *EVALUATE[2:], "--prompt_set=choose", "--gap=1.6",
+                      "--plots=False", cwd=d)
+    table = json.loads((d / "out/evaluated/match.json").read_text())["table"]
+    assert "training the judge" not in done.stdout and len(table) == 10
+    assert table["samples of the prompts, N=1"]["both"]["n"] == 84
+    assert table["samples of the prompts, N=1"]["unseen"] is None
+    assert not any("control" in name or "optimisation" in name for name in table)
 
 
 def test_samples_are_those_of_sample_py(evaluated):
@@ -241,7 +455,10 @@ def test_evaluation_of_images_without_captions(evaluated):
     done = call_stage(*args, cwd=d)
     written = json.loads((d / "out/judged/match.json").read_text())
     assert written["table"]["samples of the prompts, N=1"]["retrieval"]["n"] == 2
-    assert len(written["table"]) == 8 and "both" not in done.stdout
+    assert len(written["table"]) == 14 and "both" not in done.stdout
+    for words in ("clip.pt was trained on the toy world alone", "it flatters the GPT",
+                  "Of 2 prompts chance alone finds 50%"):
+        assert sum(words in note for note in written["notes"]) == 1 and words in done.stdout
     prompts.write_text("one\none\n")
     assert "holds 1 prompts" in call_error(*args, cwd=d)
 
@@ -342,7 +559,9 @@ def test_bench_makes_its_data_where_nothing_else_lies(tmp_path, capsys):
 BAD = [  # beside those of test_bad_input.py
     ("lab.evaluate --data=data/toy/train --texts=nowhere.txt", "nowhere.txt"),
     ("lab.evaluate --texts=prompts.txt", "--texts is for other images"),
-    ("lab.evaluate --optimise=1", "too few to compare"),
+    ("lab.evaluate --optimise=1", "too few to compare"), ("lab.evaluate --gap=0.8,x", "--gap"),
+    ("lab.evaluate --prompt_set=waltz", "report, choose"),
+    ("lab.evaluate --prompt_set=choose --controls=True", "--prompt_set=choose"),
     ("lab.evaluate --min_match=2", "from 0 to"), ("lab.evaluate --n=0", "--n=0"),
     ("lab.evaluate --guidance=1 --plots=True", "--plots=True"),
     ("lab.evaluate --judge=nowhere.pt", "nowhere.pt"), ("lab.ablate --seeds=0", "--seeds"),
