@@ -390,6 +390,7 @@ class GPT(nn.Module):
     """p(tokens | CLIP embedding). Input [prefix] t0 t1 ..., output the next token's logits.
 
     Buffers: `means` (2, D), mean embedding of images and of texts, which centring subtracts;
+    `shrink` (D, D), which brings texts to where images are (shrinkage in common/modality.py);
     `spread` (D, D), factor R of the mean local covariance of image embeddings (train_gpt.py).
     """
 
@@ -407,6 +408,9 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(c)
         self.head = nn.Linear(c, cfg.codebook_size)
         self.register_buffer("means", torch.zeros(2, cfg.cond_dim))
+        self.register_buffer("shrink", torch.eye(cfg.cond_dim))
+        self.register_load_state_dict_pre_hook(  # older checkpoints have none
+            lambda _, weights, *args: weights.setdefault("shrink", torch.eye(cfg.cond_dim)))
         self.register_buffer("spread", torch.zeros(cfg.cond_dim, cfg.cond_dim))
         self.init_weights()
 
@@ -426,12 +430,15 @@ class GPT(nn.Module):
         """CLIP embeddings (B, D) of any length -> conditions (B, D) of unit length.
 
         c = norm(norm(e) - mean of the modality): images and texts lie around two different means
-        (Liang et al. 2022), and centring aligns the two distributions. With `noise` (B, D) the
-        result is norm(c + noise), as in training (Zhou et al. 2022). Classic takes norm(e).
+        (Liang et al. 2022), and centring aligns the two distributions. A text's is norm(c M), M
+        the buffer `shrink`: without what no image varies by. With `noise` (B, D) the result is
+        norm(c + noise), as in training (Zhou et al. 2022). Classic takes norm(e).
         """
         c = F.normalize(embedding.float(), dim=-1)
         if not self.cfg.classic:
             c = F.normalize(c - self.means[{"image": 0, "text": 1}[modality]], dim=-1)
+            if modality == "text":  # a product for each row, so that none depends on the others
+                c = F.normalize(torch.stack([x @ self.shrink for x in c]), dim=-1)
         return c if noise is None else F.normalize(c + noise, dim=-1)
 
     def prefix(self, cond, drop=None):

@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from common.clip_loss import embedding_loss
 from common.dumps import open_dump
 from common.files import hash_state
 from common.images import crop, open_image, to_tensor
-from common.modality import GENERIC, text_mean
+from common.modality import GENERIC, gap_noise, measure_gap, shrinkage, text_mean
 from common.openai_clip import load_clip
 from common.optim import learning_rate, newton_schulz
 from common.options import parse_options
@@ -255,6 +256,12 @@ def test_condition_centres_and_adds_noise_of_the_length_asked_for():
     for row, modality in enumerate(("image", "text")):
         centred = F.normalize(unit - model.means[row], dim=-1)
         assert torch.allclose(model.condition(7 * unit, modality), centred, atol=1e-6)
+    model.shrink.copy_(torch.diag(torch.arange(24.0)))    # of texts alone
+    images = F.normalize(unit - model.means[0], dim=-1)
+    assert torch.allclose(model.condition(unit), images, atol=1e-6)
+    shrunk = F.normalize(centred * torch.arange(24.0), dim=-1)
+    assert torch.allclose(model.condition(unit, "text"), shrunk, atol=1e-6)
+    assert torch.equal(model.condition(unit, "text")[1:2], model.condition(unit[1:2], "text"))
     clean, noise = model.condition(unit), 0.5 * F.normalize(randn(3, 24, seed=4), dim=-1)
     noisy = model.condition(unit, noise=noise)
     assert torch.allclose(noisy, F.normalize(clean + noise, dim=-1), atol=1e-6)
@@ -354,7 +361,59 @@ def test_text_mean_is_of_phrases_that_suit_the_images():
     assert torch.allclose(plain, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
 
 
+def test_noise_fits_the_gap():
+    """Half of the noise that has the cosine of an image to the nearest phrase, both centred."""
+    c, u = F.normalize(randn(2, 1000, 512), dim=-1)       # far from a right angle to none
+    for cosine in (0.3, 0.576, 0.9):
+        moved = F.normalize(c + 2 * gap_noise(cosine) * u, dim=-1)
+        assert abs((moved * c).sum(1).mean() - cosine) < 0.01
+    assert gap_noise(0.576) == 0.71 and gap_noise(1) == 0  # the demo's; no gap at all
+    assert gap_noise(-0.2) == gap_noise(0.1) == 4.97       # never endless
+    assert gap_noise(None) == 0.5                          # a dump that does not say
+
+
+def test_gap_is_measured_between_centred_embeddings():
+    """Images e_i + a, phrases e_i + b: the means are a and b, so nothing but a constant is between
+    them, and the nearest phrase is an image's own."""
+    a, b = torch.zeros(2, 99)
+    a[97], b[98] = 1, 2
+    images, phrases = torch.eye(99)[:96] + a, torch.eye(99)[:96] + b
+    clip = SimpleNamespace(encode_text=lambda texts: phrases,
+                           model=SimpleNamespace(logit_scale=torch.tensor(0.0)))
+    text, cosine, line = measure_gap(clip, images, images.mean(0))
+    assert (text - phrases.mean(0)).norm() < 1e-3 and cosine > 0.999
+    assert "gap: 2.236 " in line and "nearest phrase 1.000, centred 1.000, " in line
+    assert "--noise=0.0" in line or "--noise=0.01" in line
+
+
+def test_shrinkage_is_the_wiener_filter_of_the_image_conditions():
+    """Images that vary along eight of 24 axes: an axis of theirs keeps (1/8) / (1/8 + 1/24) of a
+    text, all others nothing, and texts that random vectors moved are nearer to their images."""
+    model, images = tiny_gpt(), np.zeros((4000, 24), np.float16)
+    images[:, :8] = randn(4000, 8).numpy()
+    model.means.zero_()
+    m = shrinkage(model, images)
+    assert torch.allclose(m, torch.diag(torch.tensor([0.75] * 8 + [0.0] * 16)), atol=0.02)
+    assert torch.allclose(shrinkage(model, images, max_rows=1000), m, atol=0.05)
+    clean = model.condition(torch.from_numpy(images[:500]))
+    moved = F.normalize(clean + 1.6 * F.normalize(randn(500, 24, seed=7), dim=-1), dim=-1)
+    model.shrink.copy_(m)
+    before, after = ((x * clean).sum(1).mean() for x in (moved, model.condition(moved, "text")))
+    assert before < 0.55 and after > before + 0.15
+
+
+def test_a_checkpoint_without_shrinkage_loads():
+    model = tiny_gpt()
+    weights = model.state_dict()
+    model.shrink.fill_(7)
+    model.load_state_dict({k: v for k, v in weights.items() if k != "shrink"})
+    assert torch.equal(model.shrink, torch.eye(24))
+
+
 def test_generic_phrases_are_no_captions_and_no_prompts():
+    """Nor does one name an object, a colour or a background of the toy world."""
+    names = {*toy.OBJECTS, *toy.COLOURS, *toy.BACKGROUNDS}
+    assert not names & {word for phrase in GENERIC for word in phrase.split()}
     captions = set()
     for c, o, b, s in itertools.product(toy.COLOURS, toy.OBJECTS, toy.BACKGROUNDS, toy.SIZES):
         captions |= {t.format(colour=c, object=o, background=b, size=s) for t in toy.CAPTIONS}
@@ -374,7 +433,7 @@ def test_dump_round_trip_and_batches_are_functions_of_seed_and_step(tmp_path):
         assert np.array_equal(arrays[split][0], files[f"{split}_tokens.bin"])
         assert np.array_equal(arrays[split][1], files[f"{split}_clip.bin"])
 
-    cfg = train_gpt.Config(batch_size=16)
+    cfg = train_gpt.Config(batch_size=16, noise=0.5)
     one, two = (train_gpt.make_batches(*arrays["train"], cfg) for _ in range(2))
     batches = [one(step) for step in range(12)]
     for step in (11, 4, 7):                               # a reader that starts anywhere
@@ -385,7 +444,7 @@ def test_dump_round_trip_and_batches_are_functions_of_seed_and_step(tmp_path):
         assert sorted(map(tuple, epoch.tolist())) == rows
     assert not torch.equal(epochs[0], epochs[1])
 
-    other_cfg = train_gpt.Config(batch_size=16, seed=1)
+    other_cfg = train_gpt.Config(batch_size=16, noise=0.5, seed=1)
     other = train_gpt.make_batches(*arrays["train"], other_cfg)(0)
     targets, inputs, embeds, noise, drop = batches[0]
     assert not torch.equal(other[0], targets) and not torch.equal(other[3], noise)
@@ -397,7 +456,7 @@ def test_dump_round_trip_and_batches_are_functions_of_seed_and_step(tmp_path):
 def test_reading_ahead_changes_no_batch(tmp_path):
     random_dump(tmp_path / "d")
     tokens, clip_embeds = open_dump(tmp_path / "d")[1]["train"]
-    cfg = train_gpt.Config(batch_size=16)
+    cfg = train_gpt.Config(batch_size=16, noise=0.5)
     on_disk = train_gpt.make_batches(tokens, clip_embeds, cfg)
     in_memory = train_gpt.make_batches(np.array(tokens), np.array(clip_embeds), cfg)
     in_thread = train_gpt.make_batches(tokens, clip_embeds, cfg, in_thread=True)
@@ -412,7 +471,7 @@ def test_a_tenth_of_the_input_tokens_are_another_images():
     embeds = np.ones((64, 8), np.float16)
 
     def batch(share):
-        cfg = train_gpt.Config(batch_size=640, token_corruption=share)
+        cfg = train_gpt.Config(batch_size=640, noise=0.5, token_corruption=share)
         return train_gpt.make_batches(tokens, embeds, cfg)(0)[:2]
     targets, inputs = batch(0.1)
     assert 0.08 < (targets != inputs).float().mean() < 0.12
@@ -533,6 +592,8 @@ def test_stages_end_to_end(world):
     assert [x["step"] for x in log if "val_loss" in x] == [4, 8]
     assert "knows nothing is ln 64 = 4.159" in output["train_gpt"]
     assert "modality gap" in output["prepare"]
+    config = load_gpt(d / "out/toy/gpt.pt", "cpu")[1]["config"]
+    assert f"--noise={config['noise']}," in output["prepare"]     # auto is what it says
     assert "tokens/s" in output["sample"] and "out/toy/gpt.pt" in output["sample"]
     assert "best 2 of 4 by CLIP" in output["sample"]
     assert Image.open(d / "out/samples.png").size[0] >= 64

@@ -21,6 +21,7 @@ from common.checkpoints import TrainState, load_gpt, load_named, load_vqgan, pat
 from common.clip_loss import make_clip_loss
 from common.dumps import open_dump
 from common.files import file_sha256
+from common.modality import gap_noise, shrinkage
 from common.optim import Muon, optimizer_step, set_learning_rate, update_ema
 from common.options import check_range, fail, format_command, parse_options
 from common.previews import save_samples
@@ -50,7 +51,7 @@ class Config:
     zero_init: bool = True           # each block's last layers and the head start at zero
     dropout: float = 0.0             # of the embeddings and of each block's two outputs
     # condition
-    noise: float = 0.5               # length of the noise that is added to the condition
+    noise: float | None = None       # length of the noise on the condition (auto: fits the gap)
     spread: float = 0.75             # times what images of one meaning differ by: shaped noise
     neighbours: float = 0.01         # share of rows that are of one meaning; chosen on the toy
     center: bool = True              # subtract the mean embedding, of images or of texts
@@ -164,6 +165,7 @@ def make_state(gpt_config, meta, clip_embeds, cfg, runtime, is_new):
         model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
     if is_new and not cfg.classic:
         model.spread.copy_(neighbour_spread(model, clip_embeds, cfg.seed, cfg.neighbours))
+        model.shrink.copy_(shrinkage(model, clip_embeds))
     params = list(model.parameters())
     muon_params = {p for p in model.blocks.parameters() if p.dim() == 2 and cfg.muon}
     embeddings = {model.tok_emb.weight, model.pos_emb} if cfg.classic else set()  # as released
@@ -243,6 +245,8 @@ def main():
     runtime = Runtime(cfg.device, cfg.dtype, shares_work=True)
     check_batch_size(cfg, runtime)
     meta, rows = open_dump(cfg.data)
+    if cfg.noise is None:
+        cfg.noise = gap_noise(meta.get("gap_cosine"))
     vqgan = load_named(lambda path: load_vqgan(path, runtime.device), cfg.data,
                        meta["vqgan"], meta["vqgan_sha256"], cfg.data, "--vqgan", cfg.vqgan)
     gpt_config = start_config(lambda path, device: load_gpt(path, device)[0], GPTConfig, cfg,

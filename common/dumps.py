@@ -2,7 +2,7 @@
 
     {train,val}_tokens.bin   uint16 (uint32 above 65,536 codes), C order [rows, T]
     {train,val}_clip.bin     float16, C order [rows, D], unit length
-    meta.json                shapes, dtypes, hashes, what made the rows, the embeddings' means
+    meta.json                shapes, dtypes, hashes, what made the rows, the modality gap
 """
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from common.checkpoints import load_vqgan, path_from
 from common.files import atomic_write, file_sha256, hash_state, write_json
-from common.modality import text_mean_of
+from common.modality import measure_gap
 from common.openai_clip import load_clip
 from common.options import fail
 
@@ -93,15 +93,14 @@ def sample_rows(path, rows, dim, count=10000):
 
 
 def finish_dump(out, provenance, counts, image_mean, grid, codebook_size, clip):
-    """Write meta.json, with the two mean embeddings. Returns a line on the modality gap."""
+    """Write meta.json, with what is measured of the modality gap. Returns a line on it."""
     if not np.isfinite(image_mean).all():
         fail(f"the embeddings by {clip.name} are not all finite; is that file intact?")
     images = sample_rows(Path(out, "train_clip.bin"), counts["train"], clip.dim)   # (n, D)
-    text, line = text_mean_of(clip, images)
-    means = {"image_mean": image_mean.tolist(), "text_mean": text.tolist()}
-    meta = write_meta(out, provenance | means, counts, grid, codebook_size, clip.dim)
-    gap = (torch.tensor(meta["image_mean"]) - text).norm()
-    return f"modality gap: {gap:.3f} between the mean embeddings of images and of {line}"
+    text, cosine, line = measure_gap(clip, images, torch.from_numpy(image_mean).float())
+    measured = {"image_mean": image_mean.tolist(), "text_mean": text.tolist(), "gap_cosine": cosine}
+    write_meta(out, provenance | measured, counts, grid, codebook_size, clip.dim)
+    return line
 
 
 def write_dump(folder, tokens, embeddings, vqgan, clip, val_tokens=None, val_embeddings=None):

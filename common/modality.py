@@ -1,15 +1,18 @@
 """The modality gap: where CLIP keeps texts, estimated without a single caption."""
-# Everyday phrases: tied to no image, none a prompt of the evaluation or a caption of the toy world.
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+# Everyday phrases: tied to no image. None names an object, colour or background of the toy world.
 GENERIC = [f"the {noun}" for noun in (
-    "person man woman child face hand dog cat bird horse cow fish insect butterfly snake bear "
-    "sheep elephant tree flower leaf mushroom fruit vegetable cake pizza plate cup bottle table "
-    "chair bed lamp room kitchen window door house building church tower bridge street road car "
-    "bus truck train bicycle boat ship plane mountain hill beach river lake forest field garden "
-    "cloud sunset star moon heart ball toy clock book phone computer sign letter shoe hat shirt "
-    "bag ring painting drawing photo map crowd team game market shop fire").split()]
-GENERIC += [f"a {colour} thing" for colour in
-            "red blue green yellow pink brown purple black white".split()]
-GENERIC += [f"a {colour} background" for colour in "grey white sky sand".split()]
+    "person man woman child face hand dog cat bird horse cow insect butterfly snake bear sheep "
+    "elephant leaf fruit vegetable cake pizza plate bottle table chair bed lamp room kitchen "
+    "window door building church tower bridge street road truck train bicycle plane mountain hill "
+    "beach river lake forest field garden cloud sunset ball toy clock book phone computer sign "
+    "letter shoe hat shirt bag ring painting drawing photo map crowd team game market shop fire "
+    "animal machine food meal island desert wall roof stone rope basket coat glove mirror guitar "
+    "drum camera spoon knife").split()]
+GENERIC += [f"a {kind} thing" for kind in "bright dark shiny wooden striped round".split()]
 
 
 def text_mean(phrases, images, scale):
@@ -19,11 +22,36 @@ def text_mean(phrases, images, scale):
     return (scale * images @ phrases.T).softmax(1).mean(0) @ phrases
 
 
-def text_mean_of(clip, images):
-    """text_mean for images' embeddings (N, D) by this CLIP, and what prepare.py says of the gap.
-    Returns (text mean (D,), line)."""
+def shrinkage(model, image_embeds, max_rows=50000):
+    """The matrix M (D, D) that brings texts to where images are: norm(c M) keeps of each direction
+    the share v / (v + 1/D), v being the variance of images' conditions there, 1/D on average. That
+    is the Wiener filter for noise of length 1: what a text has and no image varies by is noise.
+    `model` is a GPT, image_embeds (N, D) an array."""
+    embeds = image_embeds[::-(-len(image_embeds) // max_rows)].astype(np.float32)
+    c = model.condition(torch.from_numpy(embeds).to(model.means.device)).cpu().double()  # (n, D)
+    second = c.T @ c / len(c)                                                        # (D, D)
+    return torch.linalg.solve(second + torch.eye(len(second)) / len(second), second).float()
+
+
+def gap_noise(cosine):
+    """Noise that fits a gap. norm(c + r u), u a random unit vector, has the cosine 1/sqrt(1 + r^2)
+    to c, so r = sqrt(1/q^2 - 1) moves an image as far as the nearest phrase is, cosine q. Half of
+    it: a phrase names a part of an image, and its own text is nearer. q under 0.1 is chance."""
+    if cosine is None:  # a dump that does not say
+        return 0.5
+    return round(0.5 * (1 / min(max(cosine, 0.1), 1) ** 2 - 1) ** 0.5, 2)
+
+
+def measure_gap(clip, images, image_mean):
+    """text_mean for images' embeddings (N, D) of this CLIP, and the cosine of an image to the
+    nearest phrase, both centred. Returns (text mean (D,), cosine, line that says so)."""
     phrases = clip.encode_text(GENERIC).cpu()                          # (P, D)
     text = text_mean(phrases, images, clip.model.logit_scale.exp().item())
-    nearest = (images @ phrases.T).max(1).values.mean()
-    return text, (f"{len(GENERIC)} generic phrases, each weighted by how often it suits one; "
-                  f"cosine of an image to the nearest {nearest:.3f}")
+    nearest = (images @ phrases.T).max(1).values.mean().item()
+    centred = F.normalize(images - image_mean, dim=-1) @ F.normalize(phrases - text, dim=-1).T
+    cosine = centred.max(1).values.mean().item()
+    return text, cosine, (
+        f"modality gap: {(image_mean - text).norm():.3f} between the mean embeddings of images and "
+        f"of {len(GENERIC)} generic phrases, each weighted by how often it suits one; cosine of an "
+        f"image to the nearest phrase {nearest:.3f}, centred {cosine:.3f}, so train_gpt.py takes "
+        f"--noise={gap_noise(cosine)}, half of what brings an image's condition as far from it")

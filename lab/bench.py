@@ -299,7 +299,7 @@ def measure_batches(cfg, limits, step_seconds):
               write_cold(cfg.data / "cold_clip", n, 512, np.float16))
 
     def mean_time(pause):
-        batch = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b),
+        batch = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=b, noise=0.5),
                                        in_thread=limits["device"] == "cuda")
         seconds = []
         for i in range(17):

@@ -29,7 +29,7 @@ def resident():
 def growth(tmp_path, steps):
     """How many bytes memory grows over that many batches, after a tenth as many."""
     random_dump(tmp_path / "d")
-    cfg = train_gpt.Config(batch_size=2)
+    cfg = train_gpt.Config(batch_size=2, noise=0.5)
     batch = train_gpt.make_batches(*open_dump(tmp_path / "d")[1]["train"], cfg)
     for step in range(steps // 10):
         batch(step)
@@ -55,7 +55,7 @@ def test_memory_does_not_come_to_the_size_of_the_dump(tmp_path):
 
     def pages():  # those of mapped files too
         return int(Path("/proc/self/statm").read_text().split()[1])
-    batch = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=256))
+    batch = train_gpt.make_batches(*arrays, train_gpt.Config(batch_size=256, noise=0.5))
     before = pages()
     for step in range(2 ** 16 // 256):
         batch(step)
