@@ -32,7 +32,14 @@ from common.clip_loss import embedding_loss
 from common.dumps import open_dump
 from common.files import hash_state
 from common.images import crop, open_image, to_tensor
-from common.modality import GENERIC, gap_noise, measure_gap, shrinkage, text_mean
+from common.modality import (
+    GENERIC,
+    gap_noise,
+    measure_gap,
+    neighbour_spread,
+    shrinkage,
+    text_mean,
+)
 from common.openai_clip import load_clip
 from common.optim import learning_rate, newton_schulz
 from common.options import parse_options
@@ -502,11 +509,11 @@ def test_spread_is_that_of_neighbours_not_of_all():
     stretch[3] = 0.1
     rows = centres.repeat(200, 0) + stretch * randn(4000, 24, seed=5).double().numpy()
     rows = rows.astype(np.float32)
-    root = train_gpt.neighbour_spread(model, rows, seed=0, neighbours=0.04)
+    root = neighbour_spread(model, rows, seed=0, neighbours=0.04)
     covariance = (root.T @ root).numpy()
     assert np.allclose(covariance, covariance.T) and covariance.argmax() == 3 * 24 + 3
     assert 0.2 * 0.01 < covariance[3, 3] < 0.01 and np.trace(covariance) < 2 * 0.01
-    assert train_gpt.neighbour_spread(model, rows[:1], seed=0).isfinite().all()
+    assert neighbour_spread(model, rows[:1], seed=0).isfinite().all()
 
     cfg = train_gpt.Config(batch_size=4000, noise=0.0, spread=2.0)
     batches = train_gpt.make_batches(np.zeros((9, 16), np.uint16), rows[:9].astype(np.float16), cfg,

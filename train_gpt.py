@@ -21,7 +21,7 @@ from common.checkpoints import TrainState, load_gpt, load_named, load_vqgan, pat
 from common.clip_loss import make_clip_loss
 from common.dumps import open_dump
 from common.files import file_sha256
-from common.modality import gap_noise, shrinkage
+from common.modality import gap_noise, neighbour_spread, shrinkage
 from common.optim import Muon, optimizer_step, set_learning_rate, update_ema
 from common.options import check_range, fail, format_command, parse_options
 from common.previews import save_samples
@@ -87,29 +87,6 @@ PRESETS = {  # for --preset
              "grad_accum_steps": 8, "max_steps": 200000, "muon": False, "learning_rate": 6e-4,
              "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
 }
-
-
-@torch.no_grad()
-def neighbour_spread(model, clip_embeds, seed, neighbours=0.01, anchors=256, max_rows=50000):
-    """A factor R (D, D) of the mean local covariance: e R, e standard normal, varies as the image
-    embeddings (N, D) nearest to an embedding, that share of all, vary around their mean.
-
-    A text is one point where the images it fits are a cloud: "a red bus" says nothing of the
-    background. With noise of this shape in training the GPT learns what a text leaves open;
-    sample.py moves each image's condition by it, so that images of one text vary as they should."""
-    chosen = np.random.default_rng((seed, 2)).permutation(len(clip_embeds))[:max_rows]
-    embeds = torch.from_numpy(clip_embeds[np.sort(chosen)].astype(np.float32))
-    c = model.condition(embeds.to(model.means.device))                           # (N, D)
-    k = min(max(2, round(len(c) * neighbours)), len(c))
-    covariance = torch.zeros_like(c[0].outer(c[0]))                              # (D, D)
-    anchor_rows = range(0, len(c), -(-len(c) // anchors))
-    for i in anchor_rows:
-        nearest = c[(c @ c[i]).topk(k).indices]                                  # (k, D)
-        nearest = nearest - nearest.mean(0)
-        covariance += nearest.T @ nearest / max(1, len(nearest) - 1) / len(anchor_rows)
-    values, vectors = np.linalg.eigh(covariance.cpu().double().numpy())
-    root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T                   # (D, D)
-    return torch.from_numpy(root.astype(np.float32))
 
 
 def make_batches(tokens, clip_embeds, cfg, spread=None, in_thread=False):

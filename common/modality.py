@@ -1,4 +1,4 @@
-"""The modality gap: where CLIP keeps texts, estimated without a single caption."""
+"""The modality gap: where CLIP keeps texts, what they leave open, estimated without a caption."""
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,3 +55,26 @@ def measure_gap(clip, images, image_mean):
         f"of {len(GENERIC)} generic phrases, each weighted by how often it suits one; cosine of an "
         f"image to the nearest phrase {nearest:.3f}, centred {cosine:.3f}, so train_gpt.py takes "
         f"--noise={gap_noise(cosine)}, half of what brings an image's condition as far from it")
+
+
+@torch.no_grad()
+def neighbour_spread(model, clip_embeds, seed, neighbours=0.01, anchors=256, max_rows=50000):
+    """A factor R (D, D) of the mean local covariance: e R, e standard normal, varies as the image
+    embeddings (N, D) nearest to an embedding, that share of all, vary around their mean.
+
+    A text is one point where the images it fits are a cloud: "a red bus" says nothing of the
+    background. With noise of this shape in training the GPT learns what a text leaves open;
+    sample.py moves each image's condition by it, so that images of one text vary as they should."""
+    chosen = np.random.default_rng((seed, 2)).permutation(len(clip_embeds))[:max_rows]
+    embeds = torch.from_numpy(clip_embeds[np.sort(chosen)].astype(np.float32))
+    c = model.condition(embeds.to(model.means.device))                           # (N, D)
+    k = min(max(2, round(len(c) * neighbours)), len(c))
+    covariance = torch.zeros_like(c[0].outer(c[0]))                              # (D, D)
+    anchor_rows = range(0, len(c), -(-len(c) // anchors))
+    for i in anchor_rows:
+        nearest = c[(c @ c[i]).topk(k).indices]                                  # (k, D)
+        nearest = nearest - nearest.mean(0)
+        covariance += nearest.T @ nearest / max(1, len(nearest) - 1) / len(anchor_rows)
+    values, vectors = np.linalg.eigh(covariance.cpu().double().numpy())
+    root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T                   # (D, D)
+    return torch.from_numpy(root.astype(np.float32))

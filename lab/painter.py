@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.modality import GENERIC, text_mean, text_mean_of
+from common.modality import GENERIC, measure_gap, text_mean
 from common.runtime import Runtime
 from lab.metrics import clip_embeddings, in_batches, to_uint8
 from model import GPT, VQGAN
@@ -78,7 +78,8 @@ def with_gap(clip, length):
 def painter_for(painter, clip, image_embeds):
     """The painter, its GPT's text mean being what prepare.py finds for this CLIP, given some
     training images' embeddings (N, D)."""
-    return with_shifted_text_mean(painter, text_mean_of(clip, image_embeds.cpu())[0])
+    images = image_embeds.cpu()
+    return with_shifted_text_mean(painter, measure_gap(clip, images, images.mean(0))[0])
 
 
 @torch.no_grad()
