@@ -96,5 +96,5 @@ def format_figure(x):
     if x is None:
         return ""
     if isinstance(x, float):
-        return f"{x:.3f}"
+        return f"{x:.4g}"  # CMMD is small
     return "{share:.1%} ({low:.1%}–{high:.1%}), n={n}".format(**x)
