@@ -222,8 +222,7 @@ def main():
     runtime = Runtime(cfg.device, cfg.dtype, shares_work=True)
     check_batch_size(cfg, runtime)
     meta, rows = open_dump(cfg.data)
-    if cfg.noise is None:
-        cfg.noise = gap_noise(meta.get("gap_cosine"))
+    cfg.noise = gap_noise(meta.get("gap_cosine")) if cfg.noise is None else cfg.noise
     vqgan = load_named(lambda path: load_vqgan(path, runtime.device), cfg.data,
                        meta["vqgan"], meta["vqgan_sha256"], cfg.data, "--vqgan", cfg.vqgan)
     gpt_config = start_config(lambda path, device: load_gpt(path, device)[0], GPTConfig, cfg,

@@ -36,7 +36,8 @@ def shrinkage(model, image_embeds, max_rows=50000):
 def gap_noise(cosine):
     """Noise that fits a gap. norm(c + r u), u a random unit vector, has the cosine 1/sqrt(1 + r^2)
     to c, so r = sqrt(1/q^2 - 1) moves an image as far as the nearest phrase is, cosine q. Half of
-    it: a phrase names a part of an image, and its own text is nearer. q under 0.1 is chance."""
+    it: a phrase names a part of an image, and its own text is nearer; the half was chosen on the
+    toy. q under 0.1 is chance."""
     if cosine is None:  # a dump that does not say
         return 0.5
     return round(0.5 * (1 / min(max(cosine, 0.1), 1) ** 2 - 1) ** 0.5, 2)
