@@ -140,7 +140,7 @@ def add_gap_chart(table, gaps, cfg):
         table.sentences.append(f"Ceiling, a moved text being nearest to its own {name}: {shares}.")
     table.findings["ceilings"] = limits
     save_chart(Path(cfg.out, "moved.png"), f"match against the gap, seed {cfg.seed}, 95% intervals",
-               "length of the vector that moves each text, its own", lines)
+               "length of each text's own vector", lines)
 
 
 def share_line(table, key, name, rows):
