@@ -49,7 +49,7 @@ def add_controls(table, controls, painter, options):
     for what, gpt in controls.items():
         painters[what] = make_painter(gpt, painter.vqgan, table.runtime, seed=painter.seed,
                                       batch_size=painter.batch_size)
-    # it was trained without a spread, so it is lent ours to choose a variety of
+    # trained without a spread, the captioned GPT strays by ours, if a variety suits it
     controls["captions"].spread.copy_(painter.gpt.spread)
     table.add_samples(name.format("nothing"), painters["nothing"], options | {"guidance": 0.0})
     found = {}
