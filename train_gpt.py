@@ -138,8 +138,8 @@ def make_state(gpt_config, meta, clip_embeds, cfg, runtime, is_new):
     model = GPT(gpt_config).to(runtime.device)
     if cfg.init_from:
         model.load_state_dict(load_gpt(cfg.init_from, runtime.device)[0].state_dict())
-    if cfg.center and not cfg.classic:
-        model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
+    if not cfg.classic:
+        model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]) * cfg.center)
     if is_new and not cfg.classic:
         model.spread.copy_(neighbour_spread(model, clip_embeds, cfg.seed, cfg.neighbours))
         model.shrink.copy_(shrinkage(model, clip_embeds))

@@ -430,7 +430,7 @@ def test_init_from_starts_from_anothers_weights(world, tmp_path, script, stage):
 
 
 def test_init_from_the_2022_network_without_saying_so(world, tmp_path):
-    """Whether it is classic and drops out is the checkpoint's to say; a stop makes no difference."""
+    """The checkpoint says that it is classic and drops out; a stop makes no difference."""
     gpt = tiny_gpt(codebook_size=64, grid=4, cond_dim=64, classic=True, dropout=0.3)
     write_checkpoint(tmp_path / "g.pt", {"stage": "gpt", "network": asdict(gpt.cfg),
                                          "ema": gpt.state_dict(), "sha256": ""})
@@ -443,6 +443,13 @@ def test_init_from_the_2022_network_without_saying_so(world, tmp_path):
     made = load_raw(tmp_path / "a/gpt.pt")
     assert made["config"]["classic"] and made["network"]["classic"]
     assert all(torch.equal(made["ema"][k], getattr(gpt, k)) for k in ("means", "shrink", "spread"))
+
+
+def test_init_from_leaves_centring_to_the_options(world, tmp_path):
+    """The checkpoint is centred, the run is not."""
+    run = changed(GPT_OPTIONS, init_from=world[0] / "out/toy/gpt.pt", center=False, max_steps=1)
+    call_stage("train_gpt.py", *run, f"--out={tmp_path}", cwd=world[0])
+    assert not load_raw(tmp_path / "gpt.pt")["ema"]["means"].any()
 
 
 def test_init_from_must_fit_the_dump(world, tmp_path):
