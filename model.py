@@ -391,7 +391,7 @@ class GPT(nn.Module):
 
     Buffers: `means` (2, D), mean embedding of images and of texts, which centring subtracts;
     `shrink` (D, D), which brings texts to where images are (shrinkage in common/modality.py);
-    `spread` (D, D), factor R of the mean local covariance of image embeddings (train_gpt.py).
+    `spread` (D, D), factor R of the mean local covariance of image embeddings (neighbour_spread).
     """
 
     def __init__(self, cfg):

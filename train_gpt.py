@@ -138,8 +138,8 @@ def make_state(gpt_config, meta, clip_embeds, cfg, runtime, is_new):
     model = GPT(gpt_config).to(runtime.device)
     if cfg.init_from:
         model.load_state_dict(load_gpt(cfg.init_from, runtime.device)[0].state_dict())
-    if cfg.center and not cfg.classic:
-        model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]))
+    if not cfg.classic:
+        model.means.copy_(torch.tensor([meta["image_mean"], meta["text_mean"]]) * cfg.center)
     if is_new and not cfg.classic:
         model.spread.copy_(neighbour_spread(model, clip_embeds, cfg.seed, cfg.neighbours))
         model.shrink.copy_(shrinkage(model, clip_embeds))
@@ -162,7 +162,7 @@ def train_step(state, batch, loss_fn, clip_loss, step, cfg, runtime):
     step. Returns (loss, gradient norm, is_finite)."""
     micro_batch_size = cfg.batch_size // runtime.world // cfg.grad_accum_steps
     total = runtime.zeros()
-    if cfg.dropout:  # a function of the step, for exact resumption
+    if state.model.cfg.dropout:  # a function of the step, for exact resumption
         torch.manual_seed(hash((cfg.seed, step, runtime.rank)))
     for i in range(cfg.grad_accum_steps):
         first = (runtime.rank * cfg.grad_accum_steps + i) * micro_batch_size
@@ -228,6 +228,7 @@ def main():
     gpt_config = start_config(lambda path, device: load_gpt(path, device)[0], GPTConfig, cfg,
                               codebook_size=meta["codebook_size"], grid=meta["grid"],
                               cond_dim=meta["clip_dim"])
+    cfg.classic = gpt_config.classic  # with --init_from the checkpoint says
     about = {"network": asdict(gpt_config), "vqgan": path_from(cfg.out, vqgan.path),
              "vqgan_sha256": vqgan.sha256, "clip": path_from(cfg.out, meta["clip"], cfg.data),
              "clip_sha256": meta["clip_sha256"]}

@@ -16,6 +16,7 @@ import torch
 
 from common.dumps import open_dump
 from common.files import atomic_write, write_json
+from common.modality import gap_noise
 from common.options import check_range, fail, parse_options
 from common.process import run_main
 from lab.judge import GAP, Examiner
@@ -170,11 +171,12 @@ def to_markdown(runs, rows):
     return "\n".join(lines) + "\n"
 
 
-def save_noise_chart(path, runs, rows, seeds):
-    """Match against the noise in training, without and with the gap."""
+def save_noise_chart(path, runs, rows, seeds, noise):
+    """Match against the noise in training, the reference's being `noise`, without and with a gap.
+    """
     levels = {name: float(name.split()[1]) for name in rows if name.startswith("noise")}
     lines = {"as is": [], f"gap {GAP}": []}
-    for name, x in sorted((levels | {"reference": 0.5}).items(), key=lambda item: item[1]):
+    for name, x in sorted((levels | {"reference": noise}).items(), key=lambda item: item[1]):
         for key, line in zip(("both", "moved"), lines.values()):
             values = [run[key] for run in runs if run["name"] == name]
             line.append((x, statistics.mean(values), min(values), max(values)))
@@ -187,7 +189,7 @@ def main():
     check_range(cfg, 1, 2 ** 62, "seeds", "max_steps", "vqgan_steps", "n", "jobs")
     rows, seeds = choose_rows(cfg.only), range(cfg.seeds)
     read_world(cfg.data, "heldout")
-    open_dump(cfg.dump)
+    meta = open_dump(cfg.dump)[0]
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     examiner = Examiner(cfg.data, cfg.models, cfg.n)
@@ -210,7 +212,8 @@ def main():
         f.write_text(markdown, encoding="utf-8")
     images = cfg.n * len(examiner.prompts)
     write_json(Path(cfg.out, "ablations.json"), {"runs": runs, "speed": speeds, "images": images})
-    save_noise_chart(Path(cfg.out, "noise.png"), runs, rows, cfg.seeds)
+    save_noise_chart(Path(cfg.out, "noise.png"), runs, rows, cfg.seeds,
+                     gap_noise(meta.get("gap_cosine")))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Config:
     top_p: float | None = None       # as in sample.py
     variety: float | None = None     # as in sample.py
     seed: int = 0                    # of the samples
-    gap: tuple[float, ...] = (0.8, 1.2, 1.6, 2.4)  # lengths of the vectors that move each text
+    gap: tuple[float, ...] | None = None  # lengths that texts are moved by (auto: toy world, GAPS)
     plots: bool | None = None        # match against gap, guidance and variety (auto: toy world)
     controls: bool | None = None     # train the GPT on captions and on nothing (auto: toy world)
     optimise: int | None = None      # prompts to optimise against CLIP (auto: toy world, 48)
@@ -60,6 +60,9 @@ class Config:
     batch_size: int = 96             # images at a time
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"              # as in sample.py
+
+
+GAPS = (0.8, 1.2, 1.6, 2.4)
 
 
 # ---------------------------------------------------------------------------------------- options
@@ -80,6 +83,8 @@ def check(cfg, is_toy):
         fail("--controls=True needs the toy world, which has captions")
     if cfg.prompt_set not in ("report", "choose"):
         fail(f"--prompt_set={cfg.prompt_set} makes no sense: it takes one of report, choose")
+    if cfg.prompt_set == "choose" and not is_toy:
+        fail("--prompt_set=choose is of the toy world; other prompts are those of --texts")
     if cfg.prompt_set == "choose" and (cfg.controls or cfg.optimise):
         fail("--prompt_set=choose is for choosing options: it goes without --controls and "
              "--optimise")
@@ -99,7 +104,8 @@ def fill_in(cfg, is_toy, gpt, options):
     compares = is_toy and cfg.prompt_set == "report"
     controls = compares and not gpt.cfg.classic if cfg.controls is None else cfg.controls
     optimise = 48 * compares if cfg.optimise is None else cfg.optimise
-    return replace(cfg, plots=plots, controls=controls, optimise=optimise)
+    gap = GAPS * is_toy if cfg.gap is None else cfg.gap
+    return replace(cfg, plots=plots, controls=controls, optimise=optimise, gap=gap)
 
 
 # ------------------------------------------------------------------------------------------- data

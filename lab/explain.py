@@ -18,7 +18,7 @@ from common.options import fail, parse_options
 from common.process import run_main
 from common.sampling import MODERN
 from lab.demo import load_demo, paint, paint_alone, read_log, train_variants
-from lab.painter import GAP, make_painter, shift, shifted_text_mean, with_shifted_text_mean
+from lab.painter import CONSTANT_GAP, make_painter, shift, shifted_text_mean, with_shifted_text_mean
 from lab.pictures import bars, line_chart, save_sheet, text_grid, tile, to_palette, write_text
 from sample import conditions_and_uniforms
 
@@ -149,15 +149,15 @@ def draw_wrong(demo, out):
     others, options = train_variants(demo, out), MODERN
     prompts = [*PROMPTS, "a yellow star", "a pink house", "a brown cup"]
     texts = demo.clip.encode_text(prompts)                                       # (7, D)
-    mean = shifted_text_mean(demo.clip, GAP, demo.images)
+    mean = shifted_text_mean(demo.clip, CONSTANT_GAP, demo.images)
     painters = {name: make_painter(gpt, demo.vqgan, demo.runtime)
                 for name, gpt in ({"demo": demo.gpt} | others).items()}
     far = {name: with_shifted_text_mean(painter, mean) for name, painter in painters.items()}
-    moved = shift(texts, GAP)
+    moved = shift(texts, CONSTANT_GAP)
     rows = {"the demo: guidance 3, variety 0.5, temperature 0.7": (painters["demo"], texts, {}),
             "trained without noise and spread": (painters["no_noise"], texts, {}),
-            f"texts moved by {GAP}, centred": (far["demo"], moved, {}),
-            f"texts moved by {GAP}, not centred": (far["not_centred"], moved, {}),
+            f"texts moved by {CONSTANT_GAP}, centred": (far["demo"], moved, {}),
+            f"texts moved by {CONSTANT_GAP}, not centred": (far["not_centred"], moved, {}),
             "guidance 1: none": (painters["demo"], texts, {"guidance": 1.0}),
             "guidance 15: too much": (painters["demo"], texts, {"guidance": 15.0}),
             "trained without conditions": (painters["unconditioned"], texts, {"guidance": 0.0})}

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from common.images import to_image, to_tensor
 from lab.demo import encode, find, most_used, paint, paint_alone, read_log, watch_training
 from lab.metrics import clip_embeddings
-from lab.painter import GAP, shift, shifted_text_mean
+from lab.painter import CONSTANT_GAP, shift, shifted_text_mean
 from lab.pictures import COLOURS, line_chart, save_sheet, scatter, text_grid, tile
 from lab.prompts import toy_prompts
 from toy import UNSEEN
@@ -151,9 +151,10 @@ def draw_gap(demo, out):
     images, prompts = clip_embeddings(demo.clip, demo.images[:400]), toy_prompts()[1]
     plain, planes = demo.clip.encode_text(prompts), {}
     own = torch.tensor([prompts.index(f"a {f['colour']} {f['object']}") for f in demo.facts[:400]])
-    far_mean = shifted_text_mean(demo.clip, GAP, demo.images)
+    far_mean = shifted_text_mean(demo.clip, CONSTANT_GAP, demo.images)
+    far = shift(plain, CONSTANT_GAP)
     for name, texts, mean in (("the toy CLIP", plain, demo.gpt.means[1]),
-                              (f"texts moved by {GAP}", shift(plain, GAP), far_mean)):
+                              (f"texts moved by {CONSTANT_GAP}", far, far_mean)):
         centred = demo.gpt.condition(images), F.normalize(texts - mean, dim=-1)
         for what, (x, t) in ((name, (images, texts)), (name + ", centred", centred)):
             cosines, planes[what] = x @ t.T, plane_through_means(x, t)           # (N, P)

@@ -90,9 +90,9 @@ def to_uint8(x):
 def in_batches(function, images, size=0):
     """function(float (n, 3, S, S) in [0, 1]) of all images, about 64 at a time, concatenated; with
     `size`, of their centre crops of that side."""
-    if size:
-        images = np.stack([crop(Image.fromarray(x), size) for x in images])
     batches = np.array_split(images, 1 + len(images) // 64)
+    if size:  # a batch at a time: all crops of large data do not fit into memory
+        batches = (np.stack([crop(Image.fromarray(x), size) for x in batch]) for batch in batches)
     return torch.cat([function(to_tensor(batch)) for batch in batches])
 
 

@@ -13,7 +13,7 @@ from lab.metrics import clip_embeddings, in_batches, to_uint8
 from model import GPT, VQGAN
 from sample import accelerate, conditions_and_uniforms, draw
 
-GAP = 0.8  # of lab/explain.py: between the mean embeddings of OpenAI's CLIP
+CONSTANT_GAP = 0.8  # of lab/explain.py: between the mean embeddings of OpenAI's CLIP
 
 
 @dataclass

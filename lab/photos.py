@@ -164,6 +164,9 @@ def main():
     judge_cfg = photo_judge.Config(cfg.data, str(out), cfg.val_percent, cfg.judge_steps,
                                    device=cfg.device)
     photos = read_photos(cfg.data, cfg.val_percent)
+    if np.bincount(photos.heldout_labels).max() < 2:
+        fail(f"--val_percent={cfg.val_percent:g} holds out no two photographs of a class, too few "
+             f"to compare with")
     runtime = Runtime(cfg.device, cfg.dtype, training=False)
     gpt, vqgan, clip, options = sample.load(
         sample.Config(gpt=f"{cfg.models}/gpt.pt", temperature=cfg.temperature), runtime)

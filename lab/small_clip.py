@@ -101,6 +101,8 @@ def check(cfg):
     check_range(cfg, 2, 2 ** 62, "batch_size")
     check_range(cfg, 3, 2 ** 62, "context")
     check_range(cfg, 0.1, 1, "min_zoom")
+    if len(cfg.blocks) != 4 or not min(cfg.blocks):
+        fail(f"--blocks={','.join(map(str, cfg.blocks))} makes no sense: four numbers of 1 or more")
     if cfg.image_size % 32 or not cfg.image_size or cfg.text_width % 64 or cfg.vision_width % 2:
         fail("--image_size must be a multiple of 32, --text_width of 64, --vision_width of 2")
 

@@ -275,6 +275,7 @@ def test_archive_becomes_tar_classes_and_captions(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("line, words", [
     ("lab.cifar", "python -m lab.cifar --archive=FILE"),
     ("lab.photo_judge", "python -m lab.cifar --archive=FILE"),
+    ("lab.small_clip --blocks=1,1", "--blocks=1,1"), ("lab.small_clip --blocks=1,1,0,1", "four"),
     ("lab.photos", "python -m lab.cifar --archive=FILE"),
     ("lab.photos --n=6 --best_of=4", "does not divide"), ("lab.photos --best_of=0", "--best_of=0"),
     ("lab.photos --guidance=1,much", "--guidance=1,much"),
@@ -295,6 +296,13 @@ def test_captions_are_given_to_the_dump_of_these_photographs_alone(noise, tmp_pa
     short.write_text("path\tcaption\n000.png\ta fruit\n")
     error = call_error(*changed(args, captions=short), DATA, "--out=data/x", cwd=d)
     assert "has no caption of" in error and not (d / "data/x").exists()
+
+
+def test_too_few_held_out_photographs_end_in_one_line(tmp_path):
+    """Two of 160, by chance one of each class."""
+    write_photos(tmp_path)
+    assert "--val_percent=1 holds out no two" in call_error(
+        "lab.photos", f"--data={tmp_path}/noise", "--val_percent=1", cwd=tmp_path)
 
 
 @needs_cifar

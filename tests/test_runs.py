@@ -429,6 +429,29 @@ def test_init_from_starts_from_anothers_weights(world, tmp_path, script, stage):
     assert f"a checkpoint of {other}" in call_error(f"{script}.py", *run, cwd=d)
 
 
+def test_init_from_the_2022_network_without_saying_so(world, tmp_path):
+    """The checkpoint says that it is classic and drops out; a stop makes no difference."""
+    gpt = tiny_gpt(codebook_size=64, grid=4, cond_dim=64, classic=True, dropout=0.3)
+    write_checkpoint(tmp_path / "g.pt", {"stage": "gpt", "network": asdict(gpt.cfg),
+                                         "ema": gpt.state_dict(), "sha256": ""})
+    run = ["train_gpt.py", *changed(GPT_OPTIONS, eval_every=1, init_from=tmp_path / "g.pt")]
+    call_stage(*run, f"--out={tmp_path}/a", cwd=world[0])
+    with stopping_at(2):
+        call_stage(*run, f"--out={tmp_path}/b", cwd=world[0], code=130)
+    call_stage(*run, f"--out={tmp_path}/b", cwd=world[0])
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    made = load_raw(tmp_path / "a/gpt.pt")
+    assert made["config"]["classic"] and made["network"]["classic"]
+    assert all(torch.equal(made["ema"][k], getattr(gpt, k)) for k in ("means", "shrink", "spread"))
+
+
+def test_init_from_leaves_centring_to_the_options(world, tmp_path):
+    """The checkpoint is centred, the run is not."""
+    run = changed(GPT_OPTIONS, init_from=world[0] / "out/toy/gpt.pt", center=False, max_steps=1)
+    call_stage("train_gpt.py", *run, f"--out={tmp_path}", cwd=world[0])
+    assert not load_raw(tmp_path / "gpt.pt")["ema"]["means"].any()
+
+
 def test_init_from_must_fit_the_dump(world, tmp_path):
     """A GPT of another codebook, grid or CLIP is one line, before anything is trained."""
     d = world[0]
