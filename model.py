@@ -352,6 +352,7 @@ class GPTConfig:
     classic: bool = False     # the 2022 network: raw unit embedding as prefix, no null embedding
     zero_init: bool = True    # each block's last layers and the head start at zero
     dropout: float = 0.0      # of the embeddings and of each block's two outputs, in training
+    qk_norm: bool = False     # queries and keys of RMS 1 times a learned gain (Henry et al. 2020)
 
     @property
     def block_size(self):
@@ -369,6 +370,15 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
         self.fc, self.fc_out = nn.Linear(c, 4 * c), nn.Linear(4 * c, c)
         self.dropout = nn.Dropout(cfg.dropout)
+        self.qk_gain = nn.Parameter(torch.ones(2)) if cfg.qk_norm else None
+
+    def normalise(self, qkv):
+        """Queries and keys of RMS 1 times their gain, if so asked: (..., 3, H, C/H) -> the same."""
+        if self.qk_gain is None:
+            return qkv
+        qk = F.rms_norm(qkv[..., :2, :, :].float(), qkv.shape[-1:])
+        qk = qk * self.qk_gain.view(2, 1, 1)                             # (..., 2, H, C/H)
+        return torch.cat([qk.to(qkv.dtype), qkv[..., 2:, :, :]], -3)
 
     def forward(self, x, cache=None, pos=0):
         """x (B, t, C) at positions pos.. -> (B, t, C). A cache (2, B, H, block_size, C/H) only
@@ -376,7 +386,7 @@ class Block(nn.Module):
         b, t, c = x.shape
         assert t == 1 or pos == 0, "behind other positions only one at a time"
         qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.n_head, -1)      # (B, t, 3, H, C/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # 3 x (B, H, t, C/H)
+        q, k, v = self.normalise(qkv).permute(2, 0, 3, 1, 4)             # 3 x (B, H, t, C/H)
         if cache is not None:
             cache[0, :, :, pos:pos + t] = k
             cache[1, :, :, pos:pos + t] = v

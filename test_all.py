@@ -301,6 +301,22 @@ def test_dropout_zero_is_none_and_more_is_for_training_alone():
     assert losses[0] != losses[1] and expected.item() not in losses
 
 
+def test_normalised_queries_and_keys_forget_their_lengths():
+    model = tiny_gpt(qk_norm=True)
+    cond, tokens = model.condition(randn(3, 24)), tokens_for(model, 3)
+    plain = plain_logits(model, cond, tokens, 1.0)
+    assert (cached_logits(model, cond, tokens, 1.0) - plain).abs().max() <= 1e-5 * plain.abs().max()
+    c, block = model.cfg.n_embd, model.blocks[0]
+    with torch.no_grad():
+        block.qkv.weight[:c] *= 7                         # queries
+        block.qkv.bias[:c] *= 7
+        scaled = plain_logits(model, cond, tokens, 1.0)
+        block.qk_gain[0] *= 2
+        sharper = plain_logits(model, cond, tokens, 1.0)
+    assert torch.allclose(scaled, plain, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(sharper, plain, rtol=1e-2, atol=1e-2)
+
+
 def test_sample_token_follows_the_probabilities_it_keeps():
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]])
     uniform = (torch.arange(10000) + 0.5) / 10000
@@ -748,10 +764,10 @@ def test_muon_moves_the_matrices_and_can_be_left_out(world, tmp_path):
 
 def test_two_prefix_tokens_and_dropout_train_and_sample(world, tmp_path):
     d, _ = world
-    run_stage("train_gpt.py", *GPT_OPTIONS, "--n_prefix=2", "--dropout=0.1", f"--out={tmp_path}",
-              cwd=d)
+    run_stage("train_gpt.py", *GPT_OPTIONS, "--n_prefix=2", "--dropout=0.1", "--qk_norm=True",
+              f"--out={tmp_path}", cwd=d)
     gpt, checkpoint = load_gpt(tmp_path / "gpt.pt", "cpu")
-    assert gpt.cfg.n_prefix == 2 and gpt.cfg.dropout == 0.1
+    assert gpt.cfg.n_prefix == 2 and gpt.cfg.dropout == 0.1 and gpt.cfg.qk_norm
     assert gpt.cond_proj.weight.shape == (2 * 32, 64) and gpt.pos_emb.shape == (2 + 15, 32)
     assert all(is_finite(x) for x in read_log(tmp_path / "gpt.jsonl"))
     run_stage("sample.py", "a red bus", "--n=2", f"--gpt={tmp_path}/gpt.pt",

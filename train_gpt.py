@@ -50,6 +50,7 @@ class Config:
     classic: bool = False            # the 2022 network (all of 2022: --preset=paper)
     zero_init: bool = True           # each block's last layers and the head start at zero
     dropout: float = 0.0             # of the embeddings and of each block's two outputs
+    qk_norm: bool = False            # queries and keys of RMS 1; pays with 64 tokens and more
     # condition
     noise: float | None = None       # length of the noise on the condition (auto: fits the gap)
     spread: float = 0.75             # times what images of one meaning differ by: shaped noise
@@ -83,9 +84,9 @@ PRESETS = {  # for --preset
               "dropout": 0.1, "token_corruption": 0.0, "batch_size": 256, "max_steps": 300000,
               "muon": False, "learning_rate": 5e-4, "weight_decay": 0.01, "warmup": 2000,
               "ema": 0.9999, "eval_every": 5000},
-    "24gb": {"n_layer": 16, "n_head": 16, "n_embd": 1024, "dropout": 0.1, "batch_size": 256,
-             "grad_accum_steps": 8, "max_steps": 200000, "muon": False, "learning_rate": 6e-4,
-             "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
+    "24gb": {"n_layer": 16, "n_head": 16, "n_embd": 1024, "dropout": 0.1, "qk_norm": True,
+             "batch_size": 256, "grad_accum_steps": 8, "max_steps": 200000, "muon": False,
+             "learning_rate": 6e-4, "warmup": 2000, "ema": 0.9999, "eval_every": 5000},
 }
 
 

@@ -234,11 +234,12 @@ class PackedBlock:
         self.qkv, self.proj = PackedLinear(block.qkv, dtype), PackedLinear(block.proj, dtype)
         self.fc = PackedLinear(block.fc, dtype, gelu)
         self.fc_out = PackedLinear(block.fc_out, dtype)
-        self.attention = attention
+        self.attention, self.normalise, self.n_head = attention, block.normalise, block.n_head
 
     def __call__(self, x, cache):
         """x (R, 1, C) and the cache up to this position (R, 2, H, pos+1, C/H) -> (R, 1, C)."""
-        x = x + self.proj(self.attention(self.qkv(self.ln_1(x)), cache))
+        qkv = self.qkv(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))  # (R, 1, 3, H, C/H)
+        x = x + self.proj(self.attention(self.normalise(qkv), cache))
         return x + self.fc_out(self.fc(self.ln_2(x)))
 
 

@@ -123,7 +123,8 @@ def forward_position(gpt, residual, x, position, caches):
     """Blocks and head of a folded GPT at one position, a tensor: its input (R, C) as float32
     residual and as x in the matmuls' dtype -> logits (R, K)."""
     for block, cache in zip(gpt.blocks, caches):
-        qkv = linear(x, block.qkv, norm=True, max_columns=16)
+        qkv = linear(x, block.qkv, norm=True, max_columns=16).unflatten(-1, (3, block.n_head, -1))
+        qkv = block.normalise(qkv).flatten(1)
         x = linear(attention(qkv, cache, position), block.proj, residual=residual)
         x = linear(linear(x, block.fc, norm=True, gelu=True), block.fc_out, residual=residual)
     return linear(x, gpt.head, norm=True)

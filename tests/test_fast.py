@@ -206,6 +206,7 @@ EDITS = {
         "y = attention(q, k, v, is_causal=t > 1)",
         "q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])\n"
         "        y = attention(q, k, v, is_causal=t > 1)", False),
+    "queries and keys of RMS 1": ("qk_norm: bool = False", "qk_norm: bool = True", True),
     "another activation": ("F.gelu(self.fc(", "F.relu(self.fc(", False),
     "scaled residual": ("x = x + self.dropout(self.proj(", "x = x + 0.7 * self.dropout(self.proj(",
                         False),
