@@ -65,7 +65,8 @@ def read_labels(data):
              f"python -m lab.cifar --archive=FILE")
     try:
         with open(f"{data}.tsv", newline="", encoding="utf-8") as f:
-            return {r["path"]: r["label"] for r in csv.DictReader(f, delimiter="\t")}
+            rows = [(r["path"], r["label"]) for r in csv.DictReader(f, delimiter="\t")]
+            return {path: label for path, label in rows if label}
     except (OSError, KeyError, UnicodeError, csv.Error) as e:
         fail(f"{data}.tsv can't be read: columns path and label, a tab between ({e})")
 

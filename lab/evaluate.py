@@ -51,7 +51,7 @@ class Config:
     top_p: float | None = None       # as in sample.py
     variety: float | None = None     # as in sample.py
     seed: int = 0                    # of the samples
-    gap: tuple[float, ...] | None = None  # lengths that texts are moved by (auto: toy world, GAPS)
+    gap: tuple[float, ...] | None = None  # lengths that texts are moved by (auto: toy, 0.8 to 2.4)
     plots: bool | None = None        # match against gap, guidance and variety (auto: toy world)
     controls: bool | None = None     # train the GPT on captions and on nothing (auto: toy world)
     optimise: int | None = None      # prompts to optimise against CLIP (auto: toy world, 48)

@@ -298,6 +298,12 @@ def test_captions_are_given_to_the_dump_of_these_photographs_alone(noise, tmp_pa
     assert "has no caption of" in error and not (d / "data/x").exists()
 
 
+def test_a_photograph_without_a_class_is_left_out(tmp_path):
+    (tmp_path / "x.tar").touch()
+    (tmp_path / "x.tsv").write_text("path\tlabel\n0.png\tcat\n1.png\t\n2.png\n")
+    assert cifar.read_labels(tmp_path / "x") == {"0.png": "cat"}
+
+
 def test_too_few_held_out_photographs_end_in_one_line(tmp_path):
     """Two of 160, by chance one of each class."""
     write_photos(tmp_path)
