@@ -750,9 +750,9 @@ def test_muon_moves_the_matrices_and_can_be_left_out(world, tmp_path):
         return {name: len(checkpoint[name]["state"]) for name in ("muon", "adam")
                 if name in checkpoint}
     made, plain = load_raw(d / "out/toy/gpt.ckpt"), load_raw(tmp_path / "g/gpt.ckpt")
-    parameters = len(made["model"]) - 2                   # `means` and `spread` are buffers
+    parameters = len(made["model"]) - 3                   # means, shrink, spread are buffers
     assert moved(made) == {"muon": 4 * 2, "adam": parameters - 4 * 2}
-    assert moved(plain) == {"adam": len(plain["model"]) - 2}
+    assert moved(plain) == {"adam": len(plain["model"]) - 3}
     assert not torch.any(plain["model"]["means"]) and not torch.any(plain["model"]["spread"])
 
     made, plain = load_raw(d / "out/toy/vqgan.ckpt"), load_raw(tmp_path / "v/vqgan.ckpt")
