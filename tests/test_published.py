@@ -140,7 +140,8 @@ def test_gpt_presets_have_the_parameters_counted_by_hand(preset, classic, n_laye
     k, t, d, n, c = 16384, 256, 512, n_layer, 1024
     null = 0 if classic else c
     embeddings, prefix = k * c + t * c, d * c + c + null
-    blocks, head = n * (12 * c * c + 13 * c), 2 * c + c * k + k
+    gains = 0 if classic else 2  # of queries and keys
+    blocks, head = n * (12 * c * c + 13 * c + gains), 2 * c + c * k + k
     config = start_config(None, GPTConfig, cfg, codebook_size=k, grid=16, cond_dim=d)
     assert config.dropout == cfg.dropout == 0.1 and config.n_prefix == 1
     assert parameters_of(lambda: GPT(config)) == embeddings + prefix + blocks + head
