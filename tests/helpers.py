@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -193,8 +194,10 @@ def run_stages(*jobs):
 
 
 def start_stage(*args, cwd, **options):
-    """The same in the background: a subprocess.Popen, to be signalled or killed."""
+    """The same in the background: a subprocess.Popen, to be signalled or killed. It does not
+    ignore SIGHUP, as under nohup."""
     return subprocess.Popen(stage_command(*args), cwd=cwd, env=stage_environment(), text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
                             **options)
 
 

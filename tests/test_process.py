@@ -64,8 +64,7 @@ def start_long_prepare(world, tmp_path):
         Image.new("RGB", (40, 32), (60 * i, 0, 99)).save(tmp_path / f"{i}.png")
     child = start_stage("prepare.py", f"--data={tmp_path}", f"--out={tmp_path}/d", "--chunk=2",
                         "--crops=20000", "--val_percent=0", "--workers=2", "--dtype=float32",
-                        cwd=world[0], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup's
+                        cwd=world[0], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     workers = []
     while child.poll() is None and (
             len(workers) < 2 or min(int(state_of(w)[11]) for w in workers) < 20):
