@@ -102,7 +102,7 @@ def draw(size, object_name, colour, background, radius, x, y, shade):
 
 
 def read_world(folder, *splits):
-    """Images of these splits, uint8 (N, S, S, 3), and their rows of captions.tsv. For this stage
+    """Images of these splits, uint8 (N, S, S, 3), and their rows of captions.tsv. For stage 0
     and the evaluation alone."""
     try:
         with open(Path(folder) / "captions.tsv", newline="") as f:

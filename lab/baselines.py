@@ -36,6 +36,21 @@ def find_dump(cfg, config, required, runtime):
     return None
 
 
+def write_text_dump(out, meta, arrays, rows, vqgan, clip):
+    """Write a dump with the tokens of another, its meta and arrays, and other embeddings, of texts:
+    rows {split: (N, D) float16}. Returns the number of rows of each split."""
+    for split, embeds in rows.items():
+        for kind, array in (("tokens", arrays[split][0]), ("clip", embeds)):
+            with atomic_write(out / f"{split}_{kind}.bin") as f:
+                f.write_bytes(np.ascontiguousarray(array).tobytes())
+    mean = rows["train"].astype(np.float64).mean(0).tolist()
+    meta = meta | {"image_mean": mean, "text_mean": mean,  # one modality, so one mean
+                   "vqgan": path_from(out, vqgan.path), "clip": path_from(out, clip.name)}
+    counts = {split: len(embeds) for split, embeds in rows.items()}
+    write_meta(out, meta, counts, meta["grid"], meta["codebook_size"], clip.dim)
+    return counts
+
+
 def write_caption_dump(out, cfg, dump, vqgan, clip):
     """Write a dump with the embeddings of the images' captions in place of the images' own, those
     of an empty text for images that are not the world's."""
@@ -43,21 +58,13 @@ def write_caption_dump(out, cfg, dump, vqgan, clip):
     captions = {Path(r["path"]).name: r["caption"] for r in read_world(cfg.data, "train")[1]}
     texts = sorted({"", *captions.values()})
     embeds = dict(zip(texts, clip.encode_text(texts).cpu().numpy().astype(np.float16)))
-    skipped, counts = {name for name, _ in meta["skipped"]}, {}
+    skipped, rows = {name for name, _ in meta["skipped"]}, {}
     source = ImageSource(f"{cfg.data}/train")
     for split, names in zip(SPLITS, split_names(source, meta["config"]["val_percent"])):
-        rows = [embeds[captions.get(name, "")] for name in names if name not in skipped]
-        rows = np.array(rows, np.float16).reshape(-1, clip.dim)                    # (rows, D)
-        if split == "train":
-            rows = rows.repeat(meta["config"]["crops"], 0)
-            mean = rows.astype(np.float64).mean(0).tolist()
-        counts[split] = len(rows)
-        for kind, array in (("tokens", arrays[split][0]), ("clip", rows)):
-            with atomic_write(out / f"{split}_{kind}.bin") as f:
-                f.write_bytes(np.ascontiguousarray(array).tobytes())
-    meta = meta | {"image_mean": mean, "text_mean": mean,  # one modality, so one mean
-                   "vqgan": path_from(out, vqgan.path), "clip": path_from(out, clip.name)}
-    write_meta(out, meta, counts, meta["grid"], meta["codebook_size"], clip.dim)
+        of_split = [embeds[captions.get(name, "")] for name in names if name not in skipped]
+        rows[split] = np.array(of_split, np.float16).reshape(-1, clip.dim)         # (rows, D)
+    rows["train"] = rows["train"].repeat(meta["config"]["crops"], 0)
+    write_text_dump(out, meta, arrays, rows, vqgan, clip)
 
 
 def train_controls(cfg, config, dump, vqgan, clip, runtime):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checkpoints import load_named, load_vqgan, path_from
-from common.dumps import SPLITS, open_dump, write_meta
-from common.files import atomic_write
+from common.checkpoints import load_named, load_vqgan
+from common.dumps import SPLITS, open_dump
 from common.openai_clip import load_clip
 from common.options import fail, parse_options
 from common.process import run_main
 from common.sources import ImageSource, split_names
+from lab.baselines import write_text_dump
 from lab.small_clip import read_captions
 
 
@@ -41,7 +41,7 @@ def main():
                    for kind, load in (("clip", load_clip),
                                       ("vqgan", lambda file: load_vqgan(file, "cpu"))))
     embeds = clip.encode_text(texts).numpy().astype(np.float16)                    # (texts, D)
-    skipped, counts = {name for name, _ in meta["skipped"]}, {}
+    skipped, rows = {name for name, _ in meta["skipped"]}, {}
     for split, names in zip(SPLITS, split_names(source, meta["config"]["val_percent"])):
         names = [name for name in names if name not in skipped]
         missing = [name for name in names if name not in captions]
@@ -50,16 +50,8 @@ def main():
         crops = meta["config"]["crops"] if split == "train" else 1
         rng = np.random.default_rng((cfg.seed, SPLITS.index(split)))
         index = [rng.choice(captions[name]) for name in names for _ in range(crops)]
-        rows = embeds[index].reshape(-1, clip.dim)                                 # (rows, D)
-        if split == "train":
-            mean = rows.astype(np.float64).mean(0).tolist()
-        counts[split] = len(rows)
-        for kind, array in (("tokens", arrays[split][0]), ("clip", rows)):
-            with atomic_write(out / f"{split}_{kind}.bin") as f:
-                f.write_bytes(np.ascontiguousarray(array).tobytes())
-    meta |= {"image_mean": mean, "text_mean": mean,  # one modality, so one mean
-             "vqgan": path_from(out, vqgan.path), "clip": path_from(out, clip.name)}
-    write_meta(out, meta, counts, meta["grid"], meta["codebook_size"], clip.dim)
+        rows[split] = embeds[index].reshape(-1, clip.dim)                          # (rows, D)
+    counts = write_text_dump(out, meta, arrays, rows, vqgan, clip)
     print(f"wrote {counts['train']} training and {counts['val']} validation rows to {out}, each "
           f"with one of {len(texts)} captions")
     return 0

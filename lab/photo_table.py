@@ -3,7 +3,7 @@ import time
 
 import numpy as np
 
-from lab.metrics import clip_embeddings, cmmd, frechet, proportion, thumbnails
+from lab.metrics import clip_embeddings, cmmd, frechet, nearest, proportion, thumbnails
 from lab.photo_judge import look
 
 COLUMNS = {"right": "right class", "best": "best of {best_of} by CLIP", "diversity": "diversity",
@@ -63,8 +63,7 @@ class Table:
         if len(index) == n and images is not self.photos.heldout:
             row["frechet"] = frechet(features[index], self.reference)
             row["cmmd"] = cmmd(embeds[index].cpu().numpy(), self.reference_embeds)
-        squares = distances(thumbnails(images[index]), self.train_thumbnails)  # (n, N)
-        row["nearest"] = float(np.sqrt(squares.min(1) / self.train_thumbnails.shape[1]).mean())
+        row["nearest"] = nearest(images[index], self.train_thumbnails)["mean"]
         self.rows[name], self.images[name] = row, images
         self.runtime.print0(f"{name}: {row['right']['share']:.1%} right")
 

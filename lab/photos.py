@@ -31,6 +31,7 @@ from lab.photo_table import Table, distances
 PROMPTS = ("a photograph of a {}", "there is a {} in this photograph", "an image that shows a {}",
            "here you see a {}")  # none of lab.cifar's WORDINGS
 
+
 @dataclass
 class Config:
     data: str = "data/cifar10-50k"   # .tar of photographs and .tsv of their classes: see lab.cifar
@@ -185,8 +186,8 @@ def main():
         control = add_sweep(table, "captioned control", other, options,
                             values["captioned_guidance"], values["captioned_variety"])
         found = ratio(table.rows[best]["right"], table.rows[control]["right"])
-        sentences.append("Its right classes / those of the {}: {ratio:.3f} ({low:.3f}–{high:.3f})."
-                         .format(control, **found))
+        sentences.append("Its right classes / those of the {}: {ratio:.3f} "
+                         "({low:.3f}–{high:.3f}).".format(control, **found))
     write_results(table, best, sentences, out)
     return 0
 
