@@ -46,7 +46,7 @@ class Config:
     embed_dim: int = 64              # length of an embedding
     max_steps: int = 450             # training steps
     batch_size: int = 128            # pairs a step
-    learning_rate: float = 2e-3      # peak, AdamW
+    learning_rate: float = 2e-3      # peak, Muon and AdamW
     warmup: int = 40                 # steps of linear warm-up
     save_every: int = 150            # steps between checkpoints
     workers: int = 2                 # drawing processes
@@ -60,7 +60,7 @@ UNSEEN = (("purple", "bus"), ("green", "car"), ("blue", "house"), ("pink", "tree
 CAPTIONS = ("a {colour} {object}", "a {size} {colour} {object}",
             "a {colour} {object} on a {background} background",
             "a {size} {colour} {object} on a {background} background",
-            "a {object}", "something {colour}")
+            "a {object}", "something {colour}", "a {object} that is {colour}")
 
 
 def draw_one(folder, seed, i, size, split):
@@ -73,7 +73,7 @@ def draw_one(folder, seed, i, size, split):
     radius, shade = rng.uniform(*SIZES[fact["size"]]), rng.uniform(0.9, 1.1)
     colour, background = COLOURS[fact["colour"]], BACKGROUNDS[fact["background"]]
     image = draw(size, fact["object"], colour, background, radius, x, y, shade)
-    caption = str(rng.choice(CAPTIONS, p=(.3, .15, .2, .15, .1, .1)))
+    caption = str(rng.choice(CAPTIONS, p=(.2, .1, .15, .1, .1, .1, .25)))
     if fact["size"] == "medium":
         caption = caption.replace("{size} ", "")
     if split == "train" and (fact["colour"], fact["object"]) in UNSEEN:

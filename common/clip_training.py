@@ -7,19 +7,21 @@ import torch.nn.functional as F
 from common.checkpoints import TrainState
 from common.images import resize, to_tensor
 from common.openai_clip import Clip, clip_package
-from common.optim import optimizer_step, set_learning_rate
+from common.optim import Muon, optimizer_step, set_learning_rate
 
 
 def make_clip_state(cfg, size, runtime, blocks=(1, 1, 1, 1)):
-    """A CLIP with a ModifiedResNet of four stages, of so many blocks, for images of `size`; AdamW.
-    """
+    """A CLIP with a ModifiedResNet of four stages, of so many blocks, for images of `size`. Muon
+    for convolutions and the transformer's matrices, AdamW for the rest."""
     torch.manual_seed(cfg.seed)
     model = clip_package()[0].CLIP(
         cfg.embed_dim, size, blocks, cfg.vision_width, None, cfg.context, 49408,
         cfg.text_width, cfg.text_width // 64, cfg.text_layers).to(runtime.device)
-    adam = torch.optim.AdamW(model.parameters(), 0.0, (0.9, 0.98), weight_decay=0.05,
-                             fused=runtime.fused)
-    return TrainState(model=model, adam=adam)
+    matrices = [p for name, p in model.named_parameters()
+                if p.dim() == 4 or p.dim() == 2 and "resblocks" in name]
+    others = [p for p in model.parameters() if p not in set(matrices)]
+    adam = torch.optim.AdamW(others, 0.0, (0.9, 0.98), weight_decay=0.05, fused=runtime.fused)
+    return TrainState(model=model, adam=adam, muon=Muon(matrices))
 
 
 def contrastive_loss(model, image, text, same):
@@ -40,16 +42,16 @@ def train_clip(state, batch, texts, cfg, run, runtime, judge):
         images, index = batch(step)
         pixels = resize(to_tensor(images).to(runtime.device), clip.size)         # (B, 3, C, C)
         same = torch.as_tensor(index[:, None] == index[None])                    # (B, B)
-        lr = set_learning_rate([state.adam], step, cfg)
+        lr = set_learning_rate(state.optimizers(), step, cfg)
         with runtime.autocast():
             image = state.model.encode_image(clip.normalize(pixels))             # (B, D)
             text = state.model.encode_text(tokens[index].to(runtime.device))
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         loss = contrastive_loss(state.model, image, text, same.float().to(runtime.device))
-        state.adam.zero_grad()
+        state.model.zero_grad()
         loss.backward()
         params = list(state.model.parameters())
-        _, is_finite = optimizer_step([state.adam], params, loss.item(), scaler, runtime)
+        _, is_finite = optimizer_step(state.optimizers(), params, loss.item(), scaler, runtime)
         run.check_finite(step + 1, is_finite)
         with torch.no_grad():
             state.model.logit_scale.clamp_(max=math.log(100))
