@@ -19,7 +19,7 @@ from common.files import atomic_write, write_json
 from common.modality import gap_noise
 from common.options import check_range, fail, parse_options
 from common.process import run_main
-from lab.judge import GAP, Examiner
+from lab.judge import Examiner
 from lab.stages import run_stage
 from lab.table import save_chart
 from toy import read_world
@@ -40,6 +40,7 @@ class Config:
     jobs: int = 2                    # runs at a time, on one thread each
 
 
+GAP = 1.2       # length of each text's own vector, beside no gap
 VARIANTS = {  # name: options of train_gpt.py
     "reference": {},
     "classic (2022)": {name: PRESETS["paper"][name] for name in (
@@ -150,7 +151,8 @@ def choose_rate(name, options, speed, cfg):
 def judge_run(name, seed, trained, examiner):
     """One row with one seed."""
     path, steps, val_loss = trained[seed, name if name in VARIANTS else "reference"]
-    figures = examiner(path, SAMPLING.get(name, {}))
+    changes = SAMPLING.get(name, {})
+    figures = examiner(path, changes) | {"moved": examiner(path, changes, GAP)["both"]}
     print(f"{name}, seed {seed}: right {figures['both']:.1%}, Frechet distance "
           f"{figures['frechet']:.0f}", flush=True)
     return {"name": name, "seed": seed, "steps": steps, "val_loss": val_loss} | figures

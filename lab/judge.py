@@ -20,7 +20,6 @@ from lab.painter import make_painter, painter_for, with_gap
 from lab.prompts import is_unseen, toy_prompts
 from toy import BACKGROUNDS, COLOURS, OBJECTS, read_world
 
-GAP = 1.2  # of the Examiner: length of each text's own vector
 ATTRIBUTES = {"object": OBJECTS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
 
 
@@ -120,31 +119,29 @@ class Examiner:
         self.clip = load_clip(f"{models}/clip.pt")
         load_vqgan(f"{models}/vqgan.pt", "cpu")  # to know that it is there
         self.wanted, self.prompts = toy_prompts()
-        self.texts = self.clip.encode_text(self.prompts)                           # (P, D)
         heldout = read_world(data, "heldout")[0]
         images, rows = read_world(data, "train", "unseen")
         self.judge = get_judge(data, models, images, rows, self.runtime)
         self.reference = judge_features(self.judge, heldout, self.runtime)         # (M, 256)
         images = images[[row["split"] == "train" for row in rows]]
         self.image_embeds = clip_embeddings(self.clip, images)                     # (N, D)
-        self.moved_clip = with_gap(self.clip, GAP)
 
-    def __call__(self, path, changes):
+    def __call__(self, path, changes, gap=0.0):
         """Figures of the GPT in a file, at guidance 3 (classic: 1) but for `changes` to the options
-        of sample.py: shares of right object and colour, of all pairs ("both"), of the unseen ones
-        and with each text moved by its own vector ("moved"); Frechet distance to the held-out
+        of sample.py, each text moved by its own vector of length `gap`: shares of right object and
+        colour, of all pairs ("both") and of the unseen ones; Frechet distance to the held-out
         images."""
         gpt, meta = load_gpt(path, "cpu")
         vqgan = load_named(lambda file: load_vqgan(file, "cpu"), path.parent, meta["vqgan"],
                            meta["vqgan_sha256"], path)
         options = sample.sampling_options(sample.Config(), gpt, meta)
         options |= {"temperature": 0.7, "top_k": 0, "top_p": 1.0} | changes
-        painter = make_painter(gpt, vqgan, self.runtime)
-        images = painter(self.texts, self.prompts, self.n, options)
-        moved = painter_for(painter, self.moved_clip, self.image_embeds)(
-            self.moved_clip.encode_text(self.prompts), self.prompts, self.n, options)
+        painter, clip = make_painter(gpt, vqgan, self.runtime), with_gap(self.clip, gap)
+        if gap:
+            painter = painter_for(painter, clip, self.image_embeds)
+        images = painter(clip.encode_text(self.prompts), self.prompts, self.n, options)
         wanted = [w for w in self.wanted for _ in range(self.n)]
-        right, moved = (match(self.judge, x, wanted, self.runtime) for x in (images, moved))
+        right = match(self.judge, images, wanted, self.runtime)
         distance = frechet(judge_features(self.judge, images, self.runtime), self.reference)
         return {"both": right["both"]["share"], "unseen": right["unseen"]["share"],
-                "moved": moved["both"]["share"], "frechet": distance}
+                "frechet": distance}

@@ -18,7 +18,7 @@ import toy
 from common.checkpoints import load_vqgan
 from common.drawings import draw
 from common.dumps import open_dump
-from common.modality import GENERIC
+from common.modality import GENERIC, gap_noise
 from common.openai_clip import load_clip
 from common.runtime import Runtime
 from common.sources import ImageSource, split_names
@@ -33,6 +33,7 @@ from lab.painter import (
     with_gap,
     with_shifted_text_mean,
 )
+from lab.seeds import to_markdown
 from tests.helpers import (
     cached_logits,
     load_raw,
@@ -630,6 +631,34 @@ def test_slow_ablations_in_miniature(world, tmp_path):
     # one training, sampled twice
     assert one["val_loss"] == other["val_loss"] and one["frechet"] != other["frechet"]
     assert run_stage(*args, cwd=d).stdout.endswith(table)            # finished runs are kept
+
+
+@slow
+def test_slow_noises_in_miniature(world, tmp_path):
+    d, _ = world
+    args = ["-m", "lab.noises", "--noises=0.5,20", "--gaps=0,2.4", "--seeds=1", "--max_steps=20",
+            "--n=1", f"--out={tmp_path}/noises"]
+    output = run_stage(*args, cwd=d, timeout=1800).stdout
+    table = (tmp_path / "noises/noises.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert table in output and [row[0] for row in rows] == ["0", "2.4"]
+    assert float(rows[0][1]) > float(rows[1][1])                 # a gap moves phrases away
+    assert [gap_noise(float(row[1])) for row in rows] == pytest.approx(
+        [float(row[2]) for row in rows], abs=0.02)
+    assert all(row[3].startswith("**") and not row[4].startswith("**") for row in rows)
+    assert run_stage(*args, cwd=d).stdout.endswith(table)        # finished runs are kept
+
+
+def test_figures_of_seeds_are_put_together():
+    def result(right, distance, bought):
+        return {"table": {"samples": {"both": {"share": right, "n": 8}, "unseen": None,
+                                      "frechet": {"mean": distance, "half": 1.0, "n": 8}}},
+                "findings": {"language-free / captioned, plain": {"ratio": bought}, "grid": []}}
+    table = to_markdown([result(0.5, 10.0, 1.0), result(1.0, 30.0, 0.9)]).splitlines()
+    cells = dict(zip(table[0].split(" | "), table[2].split(" | ")))
+    assert cells["object and colour"] == "75.0 (50.0–100.0)" and cells["unseen pairs"] == ""
+    assert cells["Fréchet distance"] == "20 (10–30)"
+    assert table[4] == "language-free / captioned, plain: 0.950 (0.900–1.000)."
 
 
 @slow
