@@ -70,14 +70,14 @@ photos: out/photos/samples.png
 	@echo "done: the images are in out/photos/samples.png"
 out/photos/clip.pt: | .venv/installed
 	$(PY) -m lab.cifar
-	$(PY) -m lab.small_clip --data=$(PHOTOS) --out=out/photos --image_size=64 --max_steps=1500
+	$(PY) -m lab.small_clip --data=$(PHOTOS) --out=out/photos --image_size=64 --max_steps=2400
 out/photos/vqgan.pt: out/photos/clip.pt
 	$(PY) vqgan.py --data=$(PHOTOS) --out=out/photos --clip=$< --image_size=32 --patch=2 --ch=64 --ch_mult=1,2 \
 		--groups=16 --attn_resolutions=8 --min_zoom=0.8 --flip=True --max_steps=2400
 data/photos_tokens/meta.json: out/photos/vqgan.pt
 	$(PY) prepare.py --data=$(PHOTOS) --out=data/photos_tokens --vqgan=$< --clip=out/photos/clip.pt
 out/photos/gpt.pt: data/photos_tokens/meta.json
-	$(PY) train_gpt.py --data=data/photos_tokens --out=out/photos --n_layer=6 --n_head=8 --n_embd=256 --max_steps=1100 \
-		--eval_every=275
+	$(PY) train_gpt.py --data=data/photos_tokens --out=out/photos --n_layer=6 --n_head=8 --n_embd=256 --qk_norm=True \
+		--max_steps=1100 --eval_every=275
 out/photos/samples.png: out/photos/gpt.pt
 	$(PY) sample.py $(CLASSES) --n=8 --guidance=2 --variety=1 --temperature=1 --gpt=$< --out=$@

@@ -44,7 +44,7 @@ class Config:
     min_zoom: float = 0.7                       # random crops show this share of the side, or more
     max_steps: int = 900                        # training steps
     batch_size: int = 128                       # pairs a step
-    learning_rate: float = 2e-3                 # peak, Muon and AdamW
+    learning_rate: float = 1.5e-3               # peak, Muon and AdamW
     warmup: int = 50                            # steps of linear warm-up
     save_every: int = 300                       # steps between checkpoints
     device: str = "auto"                        # auto, cpu, cuda, cuda:1, mps
