@@ -80,4 +80,4 @@ out/photos/gpt.pt: data/photos_tokens/meta.json
 	$(PY) train_gpt.py --data=data/photos_tokens --out=out/photos --n_layer=6 --n_head=8 --n_embd=256 --qk_norm=True \
 		--max_steps=1100 --eval_every=275
 out/photos/samples.png: out/photos/gpt.pt
-	$(PY) sample.py $(CLASSES) --n=8 --guidance=2 --variety=1 --temperature=1 --gpt=$< --out=$@
+	$(PY) sample.py $(CLASSES) --n=8 --gpt=$< --out=$@

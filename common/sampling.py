@@ -1,16 +1,20 @@
-"""The sampling options: what is left to `auto` depends on the kind of GPT."""
+"""The sampling options: what is left to `auto` depends on the GPT."""
 from common.options import fail
 
 MODERN = {"n": 4, "candidates": 0, "guidance": 3.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0,
           "variety": 0.5}
 CLASSIC = {"n": 8, "candidates": 64, "guidance": 1.0, "temperature": 1.0, "top_k": 500,
            "top_p": 0.95, "variety": 0.0}  # as released in 2022
+PHOTOS = MODERN | {"guidance": 2.0, "temperature": 1.0, "variety": 1.0}  # from 8 x 8 tokens on:
+# chosen on photographs (docs/photos.md), MODERN's on the toy world and its 4 x 4
 
 
 def sampling_options(cfg, gpt, meta):
-    """The sampling options as a dict, what was left to `auto` filled in for this kind of GPT."""
+    """The sampling options as a dict, what was left to `auto` filled in for this GPT."""
     can_guide = not gpt.cfg.classic and meta.get("config", {}).get("cond_drop_prob", 1) > 0
-    defaults = CLASSIC if gpt.cfg.classic else MODERN if can_guide else MODERN | {"guidance": 1.0}
+    defaults = CLASSIC if gpt.cfg.classic else PHOTOS if gpt.cfg.grid >= 8 else MODERN
+    if not can_guide:
+        defaults = defaults | {"guidance": 1.0}
     given = {k: getattr(cfg, k, None) for k in defaults}
     options = {k: v if given[k] is None else given[k] for k, v in defaults.items()}
     if options["guidance"] != 1 and not can_guide:

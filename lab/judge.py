@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import sample
 from common.checkpoints import load_gpt, load_named, load_vqgan
 from common.files import atomic_write
-from common.images import to_tensor
+from common.images import resize, to_tensor
 from common.openai_clip import load_clip
 from common.optim import learning_rate
 from common.progress import Progress
@@ -21,11 +21,13 @@ from lab.prompts import is_unseen, toy_prompts
 from toy import BACKGROUNDS, COLOURS, OBJECTS, read_world
 
 ATTRIBUTES = {"object": OBJECTS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
+HEADS = ATTRIBUTES | {"sharpness": ("sharp", "blurred")}
 
 
 class Judge(nn.Module):
-    """A small convolutional classifier: images (B, 3, S, S) in [0, 1] -> logits of each attribute.
-    It looks at 64 x 64 pixels, so that its features tell a sharp drawing from a blurred one."""
+    """A small convolutional classifier: images (B, 3, S, S) in [0, 1] -> logits of each of
+    HEADS. It looks at 64 x 64 pixels, and half of the drawings that it learns are blurred: so it
+    sees what they show all the same, and its features tell them from sharp ones."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +38,7 @@ class Judge(nn.Module):
             layers.append(nn.MaxPool2d(2))
             c = width
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * 16, 256), nn.ReLU())
-        self.heads = nn.ModuleDict({k: nn.Linear(256, len(v)) for k, v in ATTRIBUTES.items()})
+        self.heads = nn.ModuleDict({k: nn.Linear(256, len(v)) for k, v in HEADS.items()})
 
     def features(self, x):
         return self.body(downscale(x, 64))                                     # (B, 256)
@@ -68,18 +70,24 @@ def get_judge(data, out, images, rows, runtime, steps=300):
 
 
 def train_judge(steps, images, rows, runtime):
+    """A judge of drawings, of which every second one is shrunk, to 16 to 48 pixels, and back."""
     torch.manual_seed(0)
     judge = Judge().to(runtime.device)
     adam = torch.optim.AdamW(judge.parameters(), 0.0, weight_decay=0.05)
     labels = {name: torch.tensor([values.index(row[name]) for row in rows])
               for name, values in ATTRIBUTES.items()}
+    is_blurred = torch.arange(128, device=runtime.device) % 2                  # (B,)
     progress = Progress(steps)
     for step in range(steps):
-        index = np.random.default_rng((0, step)).integers(len(rows), size=128)
+        rng = np.random.default_rng((0, step))
+        index = rng.integers(len(rows), size=128)
         adam.param_groups[0]["lr"] = learning_rate(step, 2e-3, 20, steps)
-        logits = judge(to_tensor(images[index]).to(runtime.device))
-        loss = sum(F.cross_entropy(logits[name], labels[name][index].to(runtime.device))
-                   for name in labels)
+        pixels = downscale(to_tensor(images[index]).to(runtime.device), 64)    # (B, 3, 64, 64)
+        pixels[1::2] = resize(downscale(pixels[1::2], rng.integers(16, 49)), 64)
+        logits = judge(pixels)
+        loss = F.cross_entropy(logits["sharpness"], is_blurred) + sum(
+            F.cross_entropy(logits[name], labels[name][index].to(runtime.device))
+            for name in labels)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -96,16 +104,17 @@ def judge_features(judge, images, runtime):
 def match(judge, images, wanted, runtime):
     """Shares of images in which the judge sees what is wanted, a dict of attributes for each: each
     attribute over the images that ask for it; "both", object and colour; "unseen", that for the
-    pairs that neither VQGAN nor GPT was shown."""
+    pairs that neither VQGAN nor GPT was shown; and the share of images that look "sharp"."""
     def classify(x):
         return torch.stack([row.argmax(1) for row in judge(x.to(runtime.device)).values()], 1)
-    classes, right = in_batches(classify, images), {}                          # (N, attributes)
+    classes, right = in_batches(classify, images), {}                          # (N, heads)
     for (name, values), column in zip(ATTRIBUTES.items(), classes.T.tolist()):
         right[name] = [values[i] == w[name] if name in w else None
                        for i, w in zip(column, wanted)]
     right["both"] = [o and c for o, c in zip(right["object"], right["colour"])]
     right["unseen"] = [both for both, w in zip(right["both"], wanted)
                        if is_unseen(w)]
+    right["sharp"] = (classes[:, -1] == 0).tolist()
     return {name: proportion([hit for hit in hits if hit is not None])
             for name, hits in right.items()}
 
@@ -135,7 +144,9 @@ class Examiner:
         vqgan = load_named(lambda file: load_vqgan(file, "cpu"), path.parent, meta["vqgan"],
                            meta["vqgan_sha256"], path)
         options = sample.sampling_options(sample.Config(), gpt, meta)
-        options |= {"temperature": 0.7, "top_k": 0, "top_p": 1.0} | changes
+        options |= {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
+        options |= {} if gpt.cfg.classic else {"guidance": 3.0, "variety": 0.5}
+        options |= changes
         painter, clip = make_painter(gpt, vqgan, self.runtime), with_gap(self.clip, gap)
         if gap:
             painter = painter_for(painter, clip, self.image_embeds)

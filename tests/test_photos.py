@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+import sample
 from common.dumps import open_dump
 from common.modality import GENERIC
 from common.openai_clip import load_clip
+from common.sampling import sampling_options
 from common.sources import ImageSource, split_names
 from lab import cifar, photo_judge, photos
 from lab.photo_table import Table, distances, diversity
@@ -317,3 +319,14 @@ def test_real_photographs_all_have_a_class():
     assert set(labels) == set(source.names) and len(labels) == 50000
     assert set(labels.values()) == set(cifar.CLASSES)
     assert source.open(source.names[7]).size == (32, 32)
+
+
+def test_from_8_x_8_tokens_on_samples_are_drawn_as_photographs_are():
+    """The options that suit photographs, but for those that are given."""
+    def options(grid, drop=0.1, classic=False, **given):
+        gpt = SimpleNamespace(cfg=SimpleNamespace(grid=grid, classic=classic))
+        found = sampling_options(sample.Config(**given), gpt, {"config": {"cond_drop_prob": drop}})
+        return found["guidance"], found["temperature"], found["variety"]
+    assert options(4) == (3, 0.7, 0.5) and options(8) == options(16) == (2, 1, 1)
+    assert options(8, guidance=4.0, variety=0.0) == (4, 1, 0)
+    assert options(8, drop=0) == (1, 1, 1) and options(8, classic=True) == (1, 1, 0)
