@@ -50,11 +50,11 @@ class Config:
     out: str = "out/samples.png"     # the grid; the images go into the folder of the same name
     n: int | None = None             # images to keep of each prompt (auto: 4; classic 8)
     candidates: int | None = None    # to draw of each, CLIP keeps the best n (auto: n; classic 64)
-    guidance: float | None = None    # classifier-free, 1: none (auto: 3; 8 x 8 tokens 2; classic 1)
-    temperature: float | None = None  # 0: the likeliest token (auto: 0.7; 8 x 8 tokens, classic 1)
+    guidance: float | None = None    # 1 is none (auto: 3; 64 tokens or more 2; classic 1)
+    temperature: float | None = None  # 0: likeliest (auto: 0.7; 64 tokens or more 1; classic 1)
     top_k: int | None = None         # among this many likeliest codes (auto: 0, all; classic 500)
     top_p: float | None = None       # among those that hold this mass (auto: 1; classic 0.95)
-    variety: float | None = None     # of conditions, in spreads (auto: 0.5; 8 x 8 1; classic 0)
+    variety: float | None = None     # in spreads (auto: 0.5; 64 tokens or more 1; classic 0)
     seed: int = 0                    # image i of a prompt depends on (seed, prompt, i) alone
     batch_size: int = 64             # images at a time
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps

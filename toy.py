@@ -57,10 +57,10 @@ class Config:
 UNSEEN = (("purple", "bus"), ("green", "car"), ("blue", "house"), ("pink", "tree"),
           ("black", "boat"), ("yellow", "fish"), ("brown", "star"), ("green", "heart"),
           ("red", "moon"), ("blue", "flower"), ("pink", "cup"), ("black", "mushroom"))
-CAPTIONS = ("a {colour} {object}", "a {size} {colour} {object}",
-            "a {colour} {object} on a {background} background",
-            "a {size} {colour} {object} on a {background} background",
-            "a {object}", "something {colour}", "a {object} that is {colour}")
+CAPTIONS = {  # template: its probability
+    "a {colour} {object}": .2, "a {object} that is {colour}": .25, "a {object}": .1,
+    "a {size} {colour} {object}": .1, "a {colour} {object} on a {background} background": .15,
+    "a {size} {colour} {object} on a {background} background": .1, "something {colour}": .1}
 
 
 def draw_one(folder, seed, i, size, split):
@@ -73,7 +73,7 @@ def draw_one(folder, seed, i, size, split):
     radius, shade = rng.uniform(*SIZES[fact["size"]]), rng.uniform(0.9, 1.1)
     colour, background = COLOURS[fact["colour"]], BACKGROUNDS[fact["background"]]
     image = draw(size, fact["object"], colour, background, radius, x, y, shade)
-    caption = str(rng.choice(CAPTIONS, p=(.2, .1, .15, .1, .1, .1, .25)))
+    caption = str(rng.choice(list(CAPTIONS), p=list(CAPTIONS.values())))
     if fact["size"] == "medium":
         caption = caption.replace("{size} ", "")
     if split == "train" and (fact["colour"], fact["object"]) in UNSEEN:
@@ -103,7 +103,7 @@ def draw_world(cfg):
     """Draw all images and captions.tsv into cfg.data, whole or not at all."""
     chosen = ("seed", "train_images", "heldout_images", "image_size")
     world = {k: v for k, v in asdict(cfg).items() if k in chosen}
-    world["unseen"] = [" ".join(pair) for pair in UNSEEN]
+    world |= {"unseen": [" ".join(pair) for pair in UNSEEN], "captions": CAPTIONS}
     folder = Path(cfg.data)
     if folder.exists():
         try:

@@ -154,7 +154,8 @@ def load_named(load, folder, named, sha256, owner, option="--vqgan", given=""):
 
 def newest(stage):
     """The newest finished checkpoint of a stage, "vqgan" or "gpt", under out/."""
-    controls = {"captioned", "unconditioned", "ablations", "bench", "explain"}  # of lab/
+    controls = {"captioned", "unconditioned", "ablations", "bench", "explain",
+                "noises", "seeds"}  # of lab/
     paths = [*Path("out").glob(f"**/{stage}.pt"), *Path("out").glob(f"*/{stage}.pt")]  # links too
     found = [p for p in paths if not controls & set(p.parts)]
     if not found:

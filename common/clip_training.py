@@ -19,7 +19,8 @@ def make_clip_state(cfg, size, runtime, blocks=(1, 1, 1, 1)):
         cfg.text_width, cfg.text_width // 64, cfg.text_layers).to(runtime.device)
     matrices = [p for name, p in model.named_parameters()
                 if p.dim() == 4 or p.dim() == 2 and "resblocks" in name]
-    others = [p for p in model.parameters() if p not in set(matrices)]
+    chosen = set(matrices)
+    others = [p for p in model.parameters() if p not in chosen]
     adam = torch.optim.AdamW(others, 0.0, (0.9, 0.98), weight_decay=0.05, fused=runtime.fused)
     return TrainState(model=model, adam=adam, muon=Muon(matrices))
 

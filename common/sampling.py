@@ -5,14 +5,14 @@ MODERN = {"n": 4, "candidates": 0, "guidance": 3.0, "temperature": 0.7, "top_k":
           "variety": 0.5}
 CLASSIC = {"n": 8, "candidates": 64, "guidance": 1.0, "temperature": 1.0, "top_k": 500,
            "top_p": 0.95, "variety": 0.0}  # as released in 2022
-PHOTOS = MODERN | {"guidance": 2.0, "temperature": 1.0, "variety": 1.0}  # from 8 x 8 tokens on:
-# chosen on photographs (docs/photos.md), MODERN's on the toy world and its 4 x 4
+# of 8 x 8 tokens or more: suits photographs (docs/photos.md); MODERN was chosen on the toy's 4 x 4
+LARGE_GRID = MODERN | {"guidance": 2.0, "temperature": 1.0, "variety": 1.0}
 
 
 def sampling_options(cfg, gpt, meta):
     """The sampling options as a dict, what was left to `auto` filled in for this GPT."""
     can_guide = not gpt.cfg.classic and meta.get("config", {}).get("cond_drop_prob", 1) > 0
-    defaults = CLASSIC if gpt.cfg.classic else PHOTOS if gpt.cfg.grid >= 8 else MODERN
+    defaults = CLASSIC if gpt.cfg.classic else LARGE_GRID if gpt.cfg.grid >= 8 else MODERN
     if not can_guide:
         defaults = defaults | {"guidance": 1.0}
     given = {k: getattr(cfg, k, None) for k in defaults}

@@ -40,7 +40,7 @@ class Config:
     jobs: int = 2                    # runs at a time, on one thread each
 
 
-GAP = 1.2       # length of each text's own vector, beside no gap
+GAP = 1.2  # length of each text's own vector, beside no gap
 VARIANTS = {  # name: options of train_gpt.py
     "reference": {},
     "classic (2022)": {name: PRESETS["paper"][name] for name in (

@@ -7,7 +7,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import sample
 from common.checkpoints import load_gpt, load_named, load_vqgan
 from common.files import atomic_write
 from common.images import resize, to_tensor
@@ -15,6 +14,7 @@ from common.openai_clip import load_clip
 from common.optim import learning_rate
 from common.progress import Progress
 from common.runtime import Runtime
+from common.sampling import MODERN
 from lab.metrics import clip_embeddings, downscale, frechet, in_batches, proportion
 from lab.painter import make_painter, painter_for, with_gap
 from lab.prompts import is_unseen, toy_prompts
@@ -26,8 +26,8 @@ HEADS = ATTRIBUTES | {"sharpness": ("sharp", "blurred")}
 
 class Judge(nn.Module):
     """A small convolutional classifier: images (B, 3, S, S) in [0, 1] -> logits of each of
-    HEADS. It looks at 64 x 64 pixels, and half of the drawings that it learns are blurred: so it
-    sees what they show all the same, and its features tell them from sharp ones."""
+    HEADS. It looks at 64 x 64 pixels. Half of its training drawings are blurred, so that blur does
+    not hide the attributes from it, and the last head tells blurred from sharp."""
 
     def __init__(self):
         super().__init__()
@@ -76,14 +76,16 @@ def train_judge(steps, images, rows, runtime):
     adam = torch.optim.AdamW(judge.parameters(), 0.0, weight_decay=0.05)
     labels = {name: torch.tensor([values.index(row[name]) for row in rows])
               for name, values in ATTRIBUTES.items()}
-    is_blurred = torch.arange(128, device=runtime.device) % 2                  # (B,)
+    batch_size = 128
+    is_blurred = torch.arange(batch_size, device=runtime.device) % 2           # (B,)
     progress = Progress(steps)
     for step in range(steps):
         rng = np.random.default_rng((0, step))
-        index = rng.integers(len(rows), size=128)
+        index = rng.integers(len(rows), size=batch_size)
         adam.param_groups[0]["lr"] = learning_rate(step, 2e-3, 20, steps)
         pixels = downscale(to_tensor(images[index]).to(runtime.device), 64)    # (B, 3, 64, 64)
-        pixels[1::2] = resize(downscale(pixels[1::2], rng.integers(16, 49)), 64)
+        small = downscale(pixels[1::2], rng.integers(16, 49))                  # (B/2, 3, s, s)
+        pixels[1::2] = resize(small, 64).clamp(0, 1)
         logits = judge(pixels)
         loss = F.cross_entropy(logits["sharpness"], is_blurred) + sum(
             F.cross_entropy(logits[name], labels[name][index].to(runtime.device))
@@ -108,13 +110,14 @@ def match(judge, images, wanted, runtime):
     def classify(x):
         return torch.stack([row.argmax(1) for row in judge(x.to(runtime.device)).values()], 1)
     classes, right = in_batches(classify, images), {}                          # (N, heads)
-    for (name, values), column in zip(ATTRIBUTES.items(), classes.T.tolist()):
-        right[name] = [values[i] == w[name] if name in w else None
-                       for i, w in zip(column, wanted)]
+    seen = {name: [values[i] for i in column]                                  # (N,) each
+            for (name, values), column in zip(HEADS.items(), classes.T.tolist())}
+    for name in ATTRIBUTES:
+        right[name] = [x == w[name] if name in w else None for x, w in zip(seen[name], wanted)]
     right["both"] = [o and c for o, c in zip(right["object"], right["colour"])]
     right["unseen"] = [both for both, w in zip(right["both"], wanted)
                        if is_unseen(w)]
-    right["sharp"] = (classes[:, -1] == 0).tolist()
+    right["sharp"] = [x == "sharp" for x in seen["sharpness"]]
     return {name: proportion([hit for hit in hits if hit is not None])
             for name, hits in right.items()}
 
@@ -143,10 +146,8 @@ class Examiner:
         gpt, meta = load_gpt(path, "cpu")
         vqgan = load_named(lambda file: load_vqgan(file, "cpu"), path.parent, meta["vqgan"],
                            meta["vqgan_sha256"], path)
-        options = sample.sampling_options(sample.Config(), gpt, meta)
-        options |= {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
-        options |= {} if gpt.cfg.classic else {"guidance": 3.0, "variety": 0.5}
-        options |= changes
+        classic = {"guidance": 1.0, "variety": 0.0} if gpt.cfg.classic else {}
+        options = MODERN | classic | changes
         painter, clip = make_painter(gpt, vqgan, self.runtime), with_gap(self.clip, gap)
         if gap:
             painter = painter_for(painter, clip, self.image_embeds)

@@ -1,10 +1,9 @@
 """Does --noise=auto fit the gap? Trains the demo's GPT with several amounts of noise, judges each
-at several gaps, and writes a table in which the noise that the rule names is marked.
+at several gaps, and writes a table in which the noise nearest to the rule's is marked.
 
     make demo && python -m lab.noises
 A gap moves each text, and each of the generic phrases by which the rule measures, by a random
-vector of its own. Half and twice the rule's noise stand beside it. Finished runs are kept."""
-import statistics
+vector of its own. Finished runs are kept."""
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from common.process import run_main
 from lab.judge import Examiner
 from lab.painter import with_gap
 from lab.stages import run_stage
+from lab.table import over_seeds
 
 
 @dataclass
@@ -52,22 +52,24 @@ def rule(examiner, gap):
 
 
 def to_markdown(figures, rules, cfg):
-    """A row for each gap: right object and colour / of unseen pairs, means over the seeds, in %.
-    The noise nearest to the rule's, by its ratio, is bold."""
-    lines = ["| gap | cosine | rule | " + " | ".join(f"noise {x:g}" for x in cfg.noises) + " |",
-             "| --- | --- | --- |" + " --- |" * len(cfg.noises)]
+    """A row for each gap."""
+    noises = list(dict.fromkeys(cfg.noises))
+    lines = ["| gap | cosine | rule | " + " | ".join(f"noise {x:g}" for x in noises) + " |",
+             "| --- | --- | --- |" + " --- |" * len(noises)]
     for gap, (cosine, suggested) in rules.items():
-        nearest = min(cfg.noises, key=lambda x: max(x, suggested) / max(1e-9, min(x, suggested)))
+        nearest = min(noises, key=lambda x: max(x, suggested) / max(1e-9, min(x, suggested)))
         cells = []
-        for noise in cfg.noises:
+        for noise in noises:
             runs = [figures[noise, seed, gap] for seed in range(cfg.seeds)]
-            both, unseen = (100 * statistics.mean(run[key] for run in runs)
+            both, unseen = (over_seeds([run[key] for run in runs], 100, 1)
                             for key in ("both", "unseen"))
-            cells.append(f"{both:.1f} / {unseen:.1f}")
-            if noise == nearest:
-                cells[-1] = f"**{cells[-1]}**"
+            mark = "**" * (noise == nearest)
+            cells.append(f"{mark}{both}{mark}, {unseen}")
         lines.append(f"| {gap:g} | {cosine:.3f} | {suggested:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", (
+        f"Right object and colour, and of the unseen pairs, in %: mean (lowest–highest) of "
+        f"{cfg.seeds} seeds of the GPT, {cfg.n} images of each prompt. Bold: the noise nearest to "
+        f"the rule's. Cosine: of an image to the nearest phrase."), ""])
 
 
 def main():
@@ -79,11 +81,12 @@ def main():
     torch.set_num_threads(1)
     examiner = Examiner(cfg.data, cfg.models, cfg.n)
     rules = {gap: rule(examiner, gap) for gap in cfg.gaps}
-    runs = [(noise, seed) for noise in cfg.noises for seed in range(cfg.seeds)]
+    runs = list(dict.fromkeys((x, seed) for x in cfg.noises for seed in range(cfg.seeds)))
     with ThreadPoolExecutor(cfg.jobs) as pool:
         files = dict(zip(runs, pool.map(lambda run: train(*run, cfg), runs)))
-    figures = {(*run, gap): examiner(file, {}, gap)
-               for run, file in files.items() for gap in cfg.gaps}
+        jobs = [(*run, gap) for run in runs for gap in rules]
+        found = pool.map(lambda job: examiner(files[job[:2]], {}, job[2]), jobs)
+        figures = dict(zip(jobs, found))
     markdown = to_markdown(figures, rules, cfg)
     print(markdown, end="", flush=True)
     with atomic_write(Path(cfg.out, "noises.md")) as f:

@@ -11,7 +11,7 @@ CHOOSE = ("a large {colour} {object}", "a {colour} {object} on a grey background
 LONG = ("a small {colour} {object} on a white background",
         "a {colour} {object} on a sky background",
         "a small {colour} {object} on a sand background")
-PARAPHRASES = (  # like none of toy.CAPTIONS, from which the toy CLIP has learnt to read
+PARAPHRASES = (  # none of toy.CAPTIONS, of which one alone puts the object first
     "the {object} is {colour}", "there is a {object}, {colour}", "a {object} in {colour}",
     "{object}, {colour}", "a {object}. it is {colour}")
 

@@ -5,14 +5,14 @@ have in common: the figures of docs/results.md.
 Every seed has a world, a CLIP, a VQGAN and a GPT of its own. Finished stages are kept, so the same
 command goes on where it stopped."""
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import atomic_write
-from common.options import check_range, parse_options
+from common.options import check_range, fail, parse_options
 from common.process import run_main
 from lab.stages import run_stage
+from lab.table import over_seeds
 
 
 @dataclass
@@ -24,37 +24,43 @@ class Config:
 
 
 COLUMNS = {  # figure of match.json: (title, factor, digits)
-    "both": ("object and colour", 100, 1), "unseen": ("unseen pairs", 100, 1),
-    "background": ("background", 100, 1), "sharp": ("looks sharp", 100, 1),
-    "frechet": ("Fréchet distance", 1, 0), "frechet_floor": ("its floor", 1, 0),
-    "cmmd": ("CMMD", 1, 2), "cmmd_floor": ("its floor", 1, 2), "diversity": ("diversity", 1, 1),
+    "both": ("object and colour, %", 100, 1), "unseen": ("unseen pairs, %", 100, 1),
+    "background": ("background, %", 100, 1), "sharp": ("looks sharp, %", 100, 1),
+    "frechet": ("Fréchet distance", 1, 0), "frechet_floor": ("Fréchet floor", 1, 0),
+    "cmmd": ("CMMD", 1, 2), "cmmd_floor": ("CMMD floor", 1, 2), "diversity": ("diversity", 1, 1),
     "nearest": ("nearest training image", 1, 3)}
 
 
-def run_seed(seed, cfg):
-    """All stages and the evaluation of one seed -> what its match.json says."""
+def stages_of(seed, cfg):
+    """All stages of a seed and its evaluation: [(script, options)]."""
     world, dump, out = f"{cfg.data}/{seed}", f"{cfg.data}/{seed}_tokens", f"{cfg.out}/{seed}"
-    shared = {"out": out, "seed": seed}
+    shared, vqgan = {"out": out, "seed": seed}, {"vqgan": f"{out}/vqgan.pt"}
     images = {"data": f"{world}/train", "clip": f"{out}/clip.pt"}
-    run_stage("toy.py", shared | {"data": world}, capture=False)
-    run_stage("vqgan.py", shared | images, capture=False)
-    run_stage("prepare.py", images | {"vqgan": f"{out}/vqgan.pt", "out": dump}, capture=False)
-    run_stage("train_gpt.py", shared | {"data": dump, "vqgan": f"{out}/vqgan.pt"}, capture=False)
-    run_stage("lab.evaluate", {"gpt": f"{out}/gpt.pt", "data": world, "out": out,
-                               "optimise": cfg.optimise}, capture=False)
-    return json.loads(Path(out, "match.json").read_text())
+    return [("toy.py", shared | {"data": world}),
+            ("vqgan.py", shared | images),
+            ("prepare.py", images | vqgan | {"out": dump}),
+            ("train_gpt.py", shared | vqgan | {"data": dump}),
+            ("lab.evaluate", shared | {"data": world, "gpt": f"{out}/gpt.pt",
+                                       "optimise": cfg.optimise})]
 
 
-def over_seeds(values, factor, digits):
-    """Figures of several seeds -> "mean (lowest–highest)"."""
-    values = [factor * v for v in values]
-    mean, low, high = (f"{x:.{digits}f}"
-                       for x in (statistics.mean(values), min(values), max(values)))
-    return mean if low == high else f"{mean} ({low}–{high})"
+def run_seed(seed, cfg):
+    """What the evaluation of this seed says, its match.json; kept if it is of the same options and
+    newer than the GPT."""
+    *stages, evaluation = stages_of(seed, cfg)
+    for script, options in stages:
+        run_stage(script, options, capture=False)
+    path, gpt = Path(cfg.out, f"{seed}/match.json"), Path(cfg.out, f"{seed}/gpt.pt")
+    if path.is_file() and path.stat().st_mtime > gpt.stat().st_mtime:
+        result = json.loads(path.read_text())
+        if result["config"]["optimise"] == cfg.optimise:
+            return result
+    run_stage(*evaluation, capture=False)
+    return json.loads(path.read_text())
 
 
 def to_markdown(results):
-    """A row for each kind of image, and what each `finding` that is a ratio comes to."""
+    """A row for each kind of image, and what captions bought."""
     titles = [title for title, _, _ in COLUMNS.values()]
     lines = ["| images | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for name in results[0]["table"]:
@@ -64,17 +70,19 @@ def to_markdown(results):
             values = [f["share"] if "share" in f else f["mean"] for f in figures if f]
             cells.append(over_seeds(values, factor, digits) if values else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines.append("")
+    lines += ["", f"Mean (lowest–highest) of seeds 0 to {len(results) - 1}.", ""]
     for name, finding in results[0]["findings"].items():
         if "ratio" in finding:
             ratios = [result["findings"][name]["ratio"] for result in results]
-            lines.append(f"{name}: {over_seeds(ratios, 1, 3)}.")
-    return "\n".join([*lines, f"Mean of {len(results)} seeds (lowest–highest)."])
+            lines.append(f"* Right object and colour, {name}: {over_seeds(ratios, 1, 3)}.")
+    return "\n".join(lines)
 
 
 def main():
     cfg = parse_options(Config)
     check_range(cfg, 1, 2 ** 62, "seeds")
+    if cfg.optimise == 1:
+        fail("--optimise=1 is too few to compare; it takes 0 or from 2 prompts on")
     markdown = to_markdown([run_seed(seed, cfg) for seed in range(cfg.seeds)])
     print(markdown, flush=True)
     with atomic_write(Path(cfg.out, "seeds.md")) as f:

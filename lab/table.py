@@ -108,6 +108,13 @@ def format_figure(x):
     return f"{x['mean']:.3f}{half}, n={x['n']}"
 
 
+def over_seeds(values, factor, digits):
+    """Figures of several seeds -> "mean (lowest–highest)"."""
+    values = [factor * v for v in values]
+    mean, low, high = (f"{x:.{digits}f}" for x in (np.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
 def find_doubts(prompts, clip, judge_clip, is_toy):
     """Where words mean little to the CLIP that judges, one line each."""
     doubts = []

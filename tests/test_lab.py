@@ -1,5 +1,6 @@
 """lab/: the figures by hand, the evaluation, the ablations and the benchmark in miniature."""
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -22,9 +23,9 @@ from common.modality import GENERIC, gap_noise
 from common.openai_clip import load_clip
 from common.runtime import Runtime
 from common.sources import ImageSource, split_names
-from lab import ablate, baselines, bench, comparisons, metrics, prompts, rows
+from lab import ablate, baselines, bench, comparisons, metrics, prompts, rows, seeds
 from lab.bench_sampling import measure_sampling, plain_in, time_on_gpu
-from lab.judge import ATTRIBUTES, get_judge, judge_features, train_judge
+from lab.judge import ATTRIBUTES, get_judge, judge_features, match, train_judge
 from lab.painter import (
     make_painter,
     move,
@@ -33,7 +34,6 @@ from lab.painter import (
     with_gap,
     with_shifted_text_mean,
 )
-from lab.seeds import to_markdown
 from tests.helpers import (
     cached_logits,
     load_raw,
@@ -276,6 +276,9 @@ def test_blur_counts(drawings):
     reference, fresh, shrunk = (judge_features(judge, x, runtime) for x in (
         images[:300], images[300:], rows.blur(images[300:], 24)))
     assert rows.blur(images[:2], 24).shape == (2, 64, 64, 3)
+    sharp = [match(judge, x, facts[300:], runtime)["sharp"]["share"]
+             for x in (images[300:], rows.blur(images[300:], 24))]
+    assert sharp[0] > 0.8 and sharp[1] < 0.2
     floor, distance = (metrics.frechet(x, reference) for x in (fresh, shrunk))
     assert distance > 2 * floor  # a judge that sees 32 px: 1.2 times
 
@@ -640,7 +643,7 @@ def test_slow_noises_in_miniature(world, tmp_path):
             "--n=1", f"--out={tmp_path}/noises"]
     output = run_stage(*args, cwd=d, timeout=1800).stdout
     table = (tmp_path / "noises/noises.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:4]]
     assert table in output and [row[0] for row in rows] == ["0", "2.4"]
     assert float(rows[0][1]) > float(rows[1][1])                 # a gap moves phrases away
     assert [gap_noise(float(row[1])) for row in rows] == pytest.approx(
@@ -654,11 +657,23 @@ def test_figures_of_seeds_are_put_together():
         return {"table": {"samples": {"both": {"share": right, "n": 8}, "unseen": None,
                                       "frechet": {"mean": distance, "half": 1.0, "n": 8}}},
                 "findings": {"language-free / captioned, plain": {"ratio": bought}, "grid": []}}
-    table = to_markdown([result(0.5, 10.0, 1.0), result(1.0, 30.0, 0.9)]).splitlines()
+    table = seeds.to_markdown([result(0.5, 10.0, 1.0), result(1.0, 30.0, 0.9)]).splitlines()
     cells = dict(zip(table[0].split(" | "), table[2].split(" | ")))
-    assert cells["object and colour"] == "75.0 (50.0–100.0)" and cells["unseen pairs"] == ""
+    assert cells["object and colour, %"] == "75.0 (50.0–100.0)" and cells["unseen pairs, %"] == ""
     assert cells["Fréchet distance"] == "20 (10–30)"
-    assert table[4] == "language-free / captioned, plain: 0.950 (0.900–1.000)."
+    assert table[-1] == ("* Right object and colour, language-free / captioned, plain: "
+                         "0.950 (0.900–1.000).")
+
+
+def test_every_stage_of_a_seed_has_the_options_that_it_is_given():
+    given = dict(seeds.stages_of(7, seeds.Config(optimise=5)))
+    for script, options in given.items():
+        stage = importlib.import_module(script.removesuffix(".py"))
+        assert set(options) <= {field.name for field in dataclasses.fields(stage.Config)}
+    assert given["train_gpt.py"]["data"] == given["prepare.py"]["out"]
+    assert given["vqgan.py"]["data"] == given["toy.py"]["data"] + "/train"
+    assert [o["seed"] for s, o in given.items() if s != "prepare.py"] == [7] * 4
+    assert given["lab.evaluate"]["optimise"] == 5
 
 
 @slow
