@@ -272,7 +272,7 @@ def test_blur_counts(drawings):
     """Drawings shrunk to 24 px and back are far from drawings: the judge sees 64 px."""
     images, facts = drawings
     runtime = Runtime("cpu", "float32", training=False)
-    judge = train_judge(30, images, facts, runtime).eval()
+    judge = train_judge(80, images, facts, runtime).eval()
     reference, fresh, shrunk = (judge_features(judge, x, runtime) for x in (
         images[:300], images[300:], rows.blur(images[300:], 24)))
     assert rows.blur(images[:2], 24).shape == (2, 64, 64, 3)
