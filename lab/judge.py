@@ -1,5 +1,6 @@
-"""The judge of a toy world: a small classifier, trained on true drawings and their attributes and
-on nothing else, says what an image shows."""
+"""The judge of a toy world: a small classifier, trained on true drawings, half of them blurred, and
+their attributes and on nothing else, says what an image shows; another tells how far a set of
+images is from the drawings."""
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,11 @@ from lab.prompts import is_unseen, toy_prompts
 from toy import BACKGROUNDS, COLOURS, OBJECTS, read_world
 
 ATTRIBUTES = {"object": OBJECTS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
-HEADS = ATTRIBUTES | {"sharpness": ("sharp", "blurred")}
 
 
-class Judge(nn.Module):
-    """A small convolutional classifier: images (B, 3, S, S) in [0, 1] -> logits of each of
-    HEADS. It looks at 64 x 64 pixels. Half of its training drawings are blurred, so that blur does
-    not hide the attributes from it, and the last head tells blurred from sharp."""
+class Classifier(nn.Module):
+    """A small convolutional network: images (B, 3, S, S) in [0, 1] -> logits of each attribute. It
+    looks at 64 x 64 pixels."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +37,7 @@ class Judge(nn.Module):
             layers.append(nn.MaxPool2d(2))
             c = width
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * 16, 256), nn.ReLU())
-        self.heads = nn.ModuleDict({k: nn.Linear(256, len(v)) for k, v in HEADS.items()})
+        self.heads = nn.ModuleDict({k: nn.Linear(256, len(v)) for k, v in ATTRIBUTES.items()})
 
     def features(self, x):
         return self.body(downscale(x, 64))                                     # (B, 256)
@@ -46,6 +45,21 @@ class Judge(nn.Module):
     def forward(self, x):
         h = self.features(x)
         return {name: head(h) for name, head in self.heads.items()}
+
+
+class Judge(nn.Module):
+    """Two classifiers. One has learnt blurred drawings too, so that blur does not hide from it what
+    an image shows. By the features of the other, which has not, blurred drawings are far away."""
+
+    def __init__(self):
+        super().__init__()
+        self.content, self.quality = Classifier(), Classifier()
+
+    def features(self, x):
+        return self.quality.features(x)                                        # (B, 256)
+
+    def forward(self, x):
+        return self.content(x)
 
 
 def get_judge(data, out, images, rows, runtime, steps=300):
@@ -70,26 +84,24 @@ def get_judge(data, out, images, rows, runtime, steps=300):
 
 
 def train_judge(steps, images, rows, runtime):
-    """A judge of drawings, of which every second one is shrunk, to 16 to 48 pixels, and back."""
+    """A judge of drawings, of which its content classifier gets every second one shrunk, to 16 to
+    48 pixels, and back."""
     torch.manual_seed(0)
     judge = Judge().to(runtime.device)
     adam = torch.optim.AdamW(judge.parameters(), 0.0, weight_decay=0.05)
     labels = {name: torch.tensor([values.index(row[name]) for row in rows])
               for name, values in ATTRIBUTES.items()}
-    batch_size = 128
-    is_blurred = torch.arange(batch_size, device=runtime.device) % 2           # (B,)
     progress = Progress(steps)
     for step in range(steps):
         rng = np.random.default_rng((0, step))
-        index = rng.integers(len(rows), size=batch_size)
+        index = rng.integers(len(rows), size=128)
         adam.param_groups[0]["lr"] = learning_rate(step, 2e-3, 20, steps)
-        pixels = downscale(to_tensor(images[index]).to(runtime.device), 64)    # (B, 3, 64, 64)
-        small = downscale(pixels[1::2], rng.integers(16, 49))                  # (B/2, 3, s, s)
-        pixels[1::2] = resize(small, 64).clamp(0, 1)
-        logits = judge(pixels)
-        loss = F.cross_entropy(logits["sharpness"], is_blurred) + sum(
-            F.cross_entropy(logits[name], labels[name][index].to(runtime.device))
-            for name in labels)
+        sharp = to_tensor(images[index]).to(runtime.device)                    # (B, 3, S, S)
+        small = downscale(sharp[1::2], rng.integers(16, 49))                   # (B/2, 3, s, s)
+        mixed = sharp.clone()
+        mixed[1::2] = resize(small, sharp.shape[-1]).clamp(0, 1)
+        loss = sum(F.cross_entropy(logits[name], labels[name][index].to(runtime.device))
+                   for logits in (judge.content(mixed), judge.quality(sharp)) for name in labels)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -98,7 +110,7 @@ def train_judge(steps, images, rows, runtime):
 
 
 def judge_features(judge, images, runtime):
-    """Images -> what the judge's heads look at (N, 256)."""
+    """Images -> the judge's features (N, 256)."""
     features = in_batches(lambda x: judge.features(x.to(runtime.device)), images)
     return features.cpu().double().numpy()
 
@@ -106,18 +118,16 @@ def judge_features(judge, images, runtime):
 def match(judge, images, wanted, runtime):
     """Shares of images in which the judge sees what is wanted, a dict of attributes for each: each
     attribute over the images that ask for it; "both", object and colour; "unseen", that for the
-    pairs that neither VQGAN nor GPT was shown; and the share of images that look "sharp"."""
+    pairs that neither VQGAN nor GPT was shown."""
     def classify(x):
         return torch.stack([row.argmax(1) for row in judge(x.to(runtime.device)).values()], 1)
-    classes, right = in_batches(classify, images), {}                          # (N, heads)
-    seen = {name: [values[i] for i in column]                                  # (N,) each
-            for (name, values), column in zip(HEADS.items(), classes.T.tolist())}
-    for name in ATTRIBUTES:
-        right[name] = [x == w[name] if name in w else None for x, w in zip(seen[name], wanted)]
+    classes, right = in_batches(classify, images), {}                          # (N, attributes)
+    for (name, values), column in zip(ATTRIBUTES.items(), classes.T.tolist()):
+        right[name] = [values[i] == w[name] if name in w else None
+                       for i, w in zip(column, wanted)]
     right["both"] = [o and c for o, c in zip(right["object"], right["colour"])]
     right["unseen"] = [both for both, w in zip(right["both"], wanted)
                        if is_unseen(w)]
-    right["sharp"] = [x == "sharp" for x in seen["sharpness"]]
     return {name: proportion([hit for hit in hits if hit is not None])
             for name, hits in right.items()}
 

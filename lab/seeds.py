@@ -25,7 +25,7 @@ class Config:
 
 COLUMNS = {  # figure of match.json: (title, factor, digits)
     "both": ("object and colour, %", 100, 1), "unseen": ("unseen pairs, %", 100, 1),
-    "background": ("background, %", 100, 1), "sharp": ("looks sharp, %", 100, 1),
+    "background": ("background, %", 100, 1),
     "frechet": ("Fréchet distance", 1, 0), "frechet_floor": ("Fréchet floor", 1, 0),
     "cmmd": ("CMMD", 1, 2), "cmmd_floor": ("CMMD floor", 1, 2), "diversity": ("diversity", 1, 1),
     "nearest": ("nearest training image", 1, 3)}

@@ -84,7 +84,7 @@ class Table:
 
     def to_markdown(self):
         """All rows, every figure with its interval and the number of samples."""
-        labels = ["object", "colour", "both", "unseen", "background", "sharp"] if self.judge else []
+        labels = ["object", "colour", "both", "unseen", "background"] if self.judge else []
         distances = ["frechet", "frechet_floor", "cmmd", "cmmd_floor", "diversity", "nearest"]
         by_clip = ["similarity", "retrieval", "cmmd"] + ([] if self.judge else ["frechet"])
         lines = []

@@ -272,13 +272,13 @@ def test_blur_counts(drawings):
     """Drawings shrunk to 24 px and back are far from drawings: the judge sees 64 px."""
     images, facts = drawings
     runtime = Runtime("cpu", "float32", training=False)
-    judge = train_judge(80, images, facts, runtime).eval()
+    judge = train_judge(40, images, facts, runtime).eval()
     reference, fresh, shrunk = (judge_features(judge, x, runtime) for x in (
         images[:300], images[300:], rows.blur(images[300:], 24)))
     assert rows.blur(images[:2], 24).shape == (2, 64, 64, 3)
-    sharp = [match(judge, x, facts[300:], runtime)["sharp"]["share"]
+    right = [match(judge, x, facts[300:], runtime)["colour"]["share"]
              for x in (images[300:], rows.blur(images[300:], 24))]
-    assert sharp[0] > 0.8 and sharp[1] < 0.2
+    assert right[0] > 0.5 and right[1] > 0.9 * right[0]         # blur hides no content
     floor, distance = (metrics.frechet(x, reference) for x in (fresh, shrunk))
     assert distance > 2 * floor  # a judge that sees 32 px: 1.2 times
 
