@@ -22,7 +22,7 @@ LIGHTNING = [(Inert, f"pytorch_lightning.callbacks.{name}") for name in
 
 
 def load_checkpoint(path, stage):
-    """Read a checkpoint of `stage` ("toy", "vqgan" or "gpt"), memory-mapped; a published one of
+    """Read a checkpoint of `stage` ("toy", "vqgan", "gpt" ...), memory-mapped; a published one of
     another project is converted."""
     if not Path(path).is_file():
         fail(f"there is no {stage} checkpoint {path}; train one first or name another")
@@ -43,7 +43,7 @@ def load_checkpoint(path, stage):
              f"({type(e).__name__}: {reason})")
     if found != stage:
         fail(f"{path} is a checkpoint of {found}, a {stage} checkpoint is needed")
-    missing = [k for k in ("ema", "network") if k not in checkpoint and stage != "toy"]
+    missing = [k for k in ("ema", "network") if k not in checkpoint and stage in ("vqgan", "gpt")]
     if missing:
         fail(f"{path} lacks its {' and '.join(missing)}; put an intact copy there, or train again")
     contents = {k: v for k, v in checkpoint.items() if k != "digest"}

@@ -116,7 +116,7 @@ def main():
     texts, captions = read_captions(cfg.captions, source.names)
     train_names, val_names = ([n for n in names if n in captions]
                               for names in split_names(source, cfg.val_percent))
-    run = Run("toy", cfg, runtime, {"images": source.sha256}, about={}, code=__file__)
+    run = Run("small_clip", cfg, runtime, {"images": source.sha256}, about={}, code=__file__)
     if run.finished:
         return 0
     state = make_clip_state(cfg, cfg.image_size, runtime, cfg.blocks)
