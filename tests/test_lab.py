@@ -657,7 +657,10 @@ def test_figures_of_seeds_are_put_together():
         return {"table": {"samples": {"both": {"share": right, "n": 8}, "unseen": None,
                                       "frechet": {"mean": distance, "half": 1.0, "n": 8}}},
                 "findings": {"language-free / captioned, plain": {"ratio": bought}, "grid": []}}
-    table = seeds.to_markdown([result(0.5, 10.0, 1.0), result(1.0, 30.0, 0.9)]).splitlines()
+    first, second = result(0.5, 10.0, 1.0), result(1.0, 30.0, 0.9)
+    first["table"]["optimised"] = {"both": {"share": 0.25, "n": 4}}
+    table = seeds.to_markdown([first, second]).splitlines()
+    assert table[3].startswith("| optimised | 25.0 |")
     cells = dict(zip(table[0].split(" | "), table[2].split(" | ")))
     assert cells["object and colour, %"] == "75.0 (50.0–100.0)" and cells["unseen pairs, %"] == ""
     assert cells["Fréchet distance"] == "20 (10–30)"
@@ -666,14 +669,15 @@ def test_figures_of_seeds_are_put_together():
 
 
 def test_every_stage_of_a_seed_has_the_options_that_it_is_given():
-    given = dict(seeds.stages_of(7, seeds.Config(optimise=5)))
+    given = dict(seeds.stages_of(7, seeds.Config()))
     for script, options in given.items():
         stage = importlib.import_module(script.removesuffix(".py"))
         assert set(options) <= {field.name for field in dataclasses.fields(stage.Config)}
     assert given["train_gpt.py"]["data"] == given["prepare.py"]["out"]
     assert given["vqgan.py"]["data"] == given["toy.py"]["data"] + "/train"
     assert [o["seed"] for s, o in given.items() if s != "prepare.py"] == [7] * 4
-    assert given["lab.evaluate"]["optimise"] == 5
+    assert [dict(seeds.stages_of(s, seeds.Config(optimise=5)))["lab.evaluate"]["optimise"]
+            for s in (0, 1)] == [5, 0]
 
 
 @slow
