@@ -70,8 +70,8 @@ def to_markdown(results):
             values = [f["share"] if "share" in f else f["mean"] for f in figures if f]
             cells.append(over_seeds(values, factor, digits) if values else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", f"Mean (lowest–highest) of seeds 0 to {len(results) - 1}; optimisation: seed 0's.",
-              ""]
+    lines += ["", f"Mean (lowest–highest) of seeds 0 to {len(results) - 1}; optimisation is seed "
+              "0's.", ""]
     for name, finding in results[0]["findings"].items():
         if "ratio" in finding:
             ratios = [result["findings"][name]["ratio"] for result in results]
