@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.progress import Progress
 from common.sampling import format_options
@@ -25,8 +26,8 @@ TRIED = 100                    # of these, while its crops and rate are chosen
 
 
 def choose_options(table, painter, options, prompts):
-    """The sampling options in GRID that suit a GPT: of those that draw at most 1% fewer right
-    objects and colours than the best, those with the smallest Frechet distance."""
+    """The sampling options in GRID that suit a GPT: those that draw most right objects and colours,
+    and of several the ones with the smallest Frechet distance."""
     results, n = [], max(1, table.n // 2)
     wanted = [w for w in prompts.wanted for _ in range(n)]
     embeds = table.clip.encode_text(prompts.texts)                                 # (P, D)
@@ -36,8 +37,7 @@ def choose_options(table, painter, options, prompts):
         right = match(table.judge, images, wanted, table.runtime)["both"]["share"]
         distance = table.reference.distances(*table.describe(images))[0]
         results.append({**changes, "both": right, "frechet": distance})
-    best = max(result["both"] for result in results)
-    chosen = min((r for r in results if r["both"] >= best - 0.01), key=lambda r: r["frechet"])
+    chosen = max(results, key=lambda result: (result["both"], -result["frechet"]))
     return options | {name: chosen[name] for name in GRID}, results
 
 
@@ -49,8 +49,10 @@ def add_controls(table, controls, painter, options):
     for what, gpt in controls.items():
         painters[what] = make_painter(gpt, painter.vqgan, table.runtime, seed=painter.seed,
                                       batch_size=painter.batch_size)
-    # trained without a spread, the captioned GPT strays by ours, if a variety suits it
+    # trained without a spread, the captioned GPT strays by ours, if a variety suits it; and it
+    # takes texts as they are, for that is what it learnt from
     controls["captions"].spread.copy_(painter.gpt.spread)
+    controls["captions"].shrink.copy_(torch.eye(len(controls["captions"].shrink)))
     table.add_samples(name.format("nothing"), painters["nothing"], options | {"guidance": 0.0})
     found = {}
     for what, p in (("captions", painters["captions"]), ("images", painter)):

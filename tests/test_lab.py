@@ -319,7 +319,7 @@ def test_optimisation_takes_its_crops_and_learning_rate(monkeypatch):
 
 
 def test_a_control_is_given_the_options_that_suit_it(monkeypatch):
-    """The smallest Frechet distance, but for what draws much less that is right."""
+    """Most that is right, and of what draws as much the smallest Frechet distance."""
     shares = {1.0: 0.5, 1.5: 0.985, 2.0: 0.99, 3.0: 0.97}            # of each guidance
     monkeypatch.setattr(comparisons, "match", lambda judge, images, wanted, runtime: {
         "both": {"share": shares[images["guidance"]]}})
@@ -330,7 +330,7 @@ def test_a_control_is_given_the_options_that_suit_it(monkeypatch):
     found, results = comparisons.choose_options(
         table, lambda embeds, texts, n, options: options, {"top_k": 7},
         prompts.Prompts(["a"], [{}]))
-    assert found == {"top_k": 7, "guidance": 1.5, "temperature": 1.0, "variety": 0.0}
+    assert found == {"top_k": 7, "guidance": 2.0, "temperature": 1.0, "variety": 0.0}
     assert len(results) == math.prod(map(len, comparisons.GRID.values()))
 
 
