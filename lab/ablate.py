@@ -21,7 +21,7 @@ from common.options import check_range, fail, parse_options
 from common.process import run_main
 from lab.judge import Examiner
 from lab.stages import run_stage
-from lab.table import save_chart
+from lab.table import markdown_table, save_chart
 from toy import read_world
 from train_gpt import PRESETS
 
@@ -160,17 +160,17 @@ def judge_run(name, seed, trained, examiner):
 
 def to_markdown(runs, rows):
     """The table: mean and standard deviation over the seeds."""
-    titles = [title for title, _, _ in COLUMNS.values()]
-    lines = ["| variant | steps in the same time | " + " | ".join(titles) + " |",
-             "| --- | --- |" + " --- |" * len(titles)]
+    titles = ["variant", "steps in the same time", *(title for title, _, _ in COLUMNS.values())]
+    table = []
     for name in rows:
-        cells, of_name = [], [run for run in runs if run["name"] == name]
+        of_name = [run for run in runs if run["name"] == name]
+        cells = [name, str(of_name[-1]["steps"])]
         for key, (_, factor, digits) in COLUMNS.items():
             values = [run[key] * factor for run in of_name]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        lines.append(f"| {name} | {of_name[-1]['steps']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        table.append(cells)
+    return "\n".join(markdown_table(titles, table)) + "\n"
 
 
 def save_noise_chart(path, runs, rows, seeds, noise):

@@ -17,7 +17,7 @@ from common.process import run_main
 from lab.judge import Examiner
 from lab.painter import with_gap
 from lab.stages import run_stage
-from lab.table import over_seeds
+from lab.table import markdown_table, over_seeds
 
 
 @dataclass
@@ -54,18 +54,18 @@ def rule(examiner, gap):
 def to_markdown(figures, rules, cfg):
     """A row for each gap."""
     noises = list(dict.fromkeys(cfg.noises))
-    lines = ["| gap | cosine | rule | " + " | ".join(f"noise {x:g}" for x in noises) + " |",
-             "| --- | --- | --- |" + " --- |" * len(noises)]
+    rows = []
     for gap, (cosine, suggested) in rules.items():
         nearest = min(noises, key=lambda x: max(x, suggested) / max(1e-9, min(x, suggested)))
-        cells = []
+        cells = [f"{gap:g}", f"{cosine:.3f}", f"{suggested:g}"]
         for noise in noises:
             runs = [figures[noise, seed, gap] for seed in range(cfg.seeds)]
             both, unseen = (over_seeds([run[key] for run in runs], 100, 1)
                             for key in ("both", "unseen"))
             mark = "**" * (noise == nearest)
             cells.append(f"{mark}{both}{mark}, {unseen}")
-        lines.append(f"| {gap:g} | {cosine:.3f} | {suggested:g} | " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines = markdown_table(["gap", "cosine", "rule", *(f"noise {x:g}" for x in noises)], rows)
     return "\n".join([*lines, "", (
         f"Right object and colour, and of the unseen pairs, in %: mean (lowest–highest) of "
         f"{cfg.seeds} seeds of the GPT, {cfg.n} images of each prompt. Bold: the noise nearest to "

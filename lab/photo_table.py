@@ -5,6 +5,7 @@ import numpy as np
 
 from lab.metrics import clip_embeddings, cmmd, frechet, nearest, proportion, thumbnails
 from lab.photo_judge import look
+from lab.table import markdown_table
 
 COLUMNS = {"right": "right class", "best": "best of {best_of} by CLIP", "diversity": "diversity",
            "frechet": "Fréchet", "cmmd": "CMMD", "nearest": "nearest"}
@@ -82,10 +83,9 @@ class Table:
 
     def to_markdown(self):
         names = [name.format(best_of=self.cfg.best_of) for name in COLUMNS.values()]
-        lines = ["| images | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-        for name, row in self.rows.items():
-            cells = [format_figure(row.get(column)) for column in COLUMNS]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows = [[name, *(format_figure(row.get(column)) for column in COLUMNS)]
+                for name, row in self.rows.items()]
+        lines = markdown_table(["images", *names], rows)
         note = NOTE.format(prompts=len(self.prompts), heldout=len(self.reference),
                            seed=self.cfg.seed)
         return "\n".join([*lines, "", note])

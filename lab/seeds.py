@@ -12,7 +12,7 @@ from common.files import atomic_write
 from common.options import check_range, fail, parse_options
 from common.process import run_main
 from lab.stages import run_stage
-from lab.table import over_seeds
+from lab.table import markdown_table, over_seeds
 
 
 @dataclass
@@ -61,15 +61,15 @@ def run_seed(seed, cfg):
 
 def to_markdown(results):
     """A row for each kind of image, and what captions bought."""
-    titles = [title for title, _, _ in COLUMNS.values()]
-    lines = ["| images | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
+    rows = []
     for name in results[0]["table"]:
-        cells = []
+        cells = [name]
         for column, (_, factor, digits) in COLUMNS.items():
             figures = [result["table"].get(name, {}).get(column) for result in results]
             values = [f["share"] if "share" in f else f["mean"] for f in figures if f]
             cells.append(over_seeds(values, factor, digits) if values else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines = markdown_table(["images", *(title for title, _, _ in COLUMNS.values())], rows)
     lines += ["", f"Mean (lowest–highest) of seeds 0 to {len(results) - 1}; optimisation is seed "
               "0's.", ""]
     for name, finding in results[0]["findings"].items():

@@ -90,12 +90,10 @@ class Table:
         lines = []
         for columns in (labels + ["similarity", "retrieval"], distances):
             titles = [f"{c} †" if self.notes and c in by_clip else c for c in columns]
-            lines.append("| images | " + " | ".join(titles).replace("_", " ") + " |")
-            lines.append("| --- |" + " --- |" * len(columns))
-            for name, row in self.rows.items():
-                cells = [format_figure(row.get(column)) for column in columns]
-                lines.append(f"| {name} | " + " | ".join(cells) + " |")
-            lines.append("")
+            rows = [[name, *(format_figure(row.get(column)) for column in columns)]
+                    for name, row in self.rows.items()]
+            titles = [title.replace("_", " ") for title in ["images", *titles]]
+            lines += [*markdown_table(titles, rows), ""]
         return "\n".join(lines + [f"† {note}" for note in self.notes] + self.sentences)
 
 
@@ -106,6 +104,11 @@ def format_figure(x):
         return f"{x['share']:.1%} ({x['low']:.1%}–{x['high']:.1%}), n={x['n']}"
     half = f" ± {x['half']:.3f}" if x["half"] is not None else ""
     return f"{x['mean']:.3f}{half}, n={x['n']}"
+
+
+def markdown_table(titles, rows):
+    """Lines of a table in Markdown: titles, and rows of cells."""
+    return ["| " + " | ".join(cells) + " |" for cells in (titles, ["---"] * len(titles), *rows)]
 
 
 def over_seeds(values, factor, digits):
