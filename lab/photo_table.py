@@ -5,7 +5,7 @@ import numpy as np
 
 from lab.metrics import clip_embeddings, cmmd, frechet, nearest, proportion, thumbnails
 from lab.photo_judge import look
-from lab.table import markdown_table
+from lab.table import format_figure, markdown_table
 
 COLUMNS = {"right": "right class", "best": "best of {best_of} by CLIP", "diversity": "diversity",
            "frechet": "Fréchet", "cmmd": "CMMD", "nearest": "nearest"}
@@ -89,11 +89,3 @@ class Table:
         note = NOTE.format(prompts=len(self.prompts), heldout=len(self.reference),
                            seed=self.cfg.seed)
         return "\n".join([*lines, "", note])
-
-
-def format_figure(x):
-    if x is None:
-        return ""
-    if isinstance(x, float):
-        return f"{x:.4g}"  # CMMD is small
-    return "{share:.1%} ({low:.1%}–{high:.1%}), n={n}".format(**x)

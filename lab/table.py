@@ -100,6 +100,8 @@ class Table:
 def format_figure(x):
     if x is None:
         return ""
+    if isinstance(x, float):
+        return f"{x:.4g}"  # CMMD is small
     if "share" in x:
         return f"{x['share']:.1%} ({x['low']:.1%}–{x['high']:.1%}), n={x['n']}"
     half = f" ± {x['half']:.3f}" if x["half"] is not None else ""

@@ -55,7 +55,7 @@ def import_graph():
 
 
 def test_imports_point_one_way():
-    """As DESIGN.md's table says: no stage imports a stage, only lab/ imports lab/, no cycles."""
+    """As MAY_IMPORT says: no stage imports a stage, only lab/ imports lab/, no cycles."""
     inside, outside = import_graph()
     assert set(STAGES) < set(inside) and len(inside) > 20
     for module, imported in inside.items():
