@@ -143,7 +143,7 @@ def test_odd_prompts_draw_or_are_refused(world, tmp_path):
 
 
 def test_many_prompts_make_a_grid_one_can_open(world, tmp_path):
-    """C23: 120 prompts are no row of 8,000 pixels, and their files sort as numbers do."""
+    """120 prompts are no row of 8,000 pixels, and their files sort as numbers do."""
     (tmp_path / "texts.txt").write_text("\n".join(f"thing {i}" for i in range(120)))
     call_stage("sample.py", f"--texts={tmp_path}/texts.txt", "--n=1", f"--out={tmp_path}/s.png",
                cwd=world[0])
@@ -165,7 +165,7 @@ def test_samples_of_one_call_do_not_mix_with_an_earlier_one(world, tmp_path):
 
 
 def test_embeddings_that_are_not_finite_are_refused(world, tmp_path):
-    """C6: by weights that are no numbers, and by sound ones that overflow; before a dump or an
+    """By weights that are no numbers, and by sound ones that overflow; before a dump or an
     image is written."""
     d, weights = world[0], load_raw(world[0] / "out/toy/clip.pt")
     image = weights["visual.attnpool.c_proj.weight"]
@@ -202,7 +202,7 @@ def test_embeddings_that_are_not_finite_are_refused(world, tmp_path):
 
 
 def test_the_evaluation_looks_at_everything_before_it_works(world, tmp_path):
-    """C25: without the dump it stops, and trains no judge first."""
+    """Without the dump it stops, and trains no judge first."""
     d = link_world(world[0], tmp_path / "w")
     shutil.rmtree(d / "data/toy_tokens")
     before = snapshot(d)

@@ -106,7 +106,7 @@ def set_ranks(monkeypatch, **values):
 
 
 def test_left_over_ranks_keep_nobody_waiting(world, tmp_path, monkeypatch):
-    """C12: what a batch system or an earlier torchrun left in the environment."""
+    """What a batch system or an earlier torchrun left in the environment."""
     d, train = world[0], ["train_gpt.py", *GPT_OPTIONS, f"--out={tmp_path}/g"]
     set_ranks(monkeypatch, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
     out = call_stage("sample.py", "a bus", "--n=1", f"--out={tmp_path}/s.png", cwd=d).stdout
@@ -138,7 +138,7 @@ def test_left_over_ranks_keep_nobody_waiting(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", ["toy.py", "sample.py"])
 def test_stages_that_run_alone_say_so_under_torchrun(world, tmp_path, monkeypatch, script):
-    """C25: two of them would race for one folder."""
+    """Two of them would race for one folder."""
     set_ranks(monkeypatch, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1",
               MASTER_PORT="29533", TORCHELASTIC_RUN_ID="none")
     words = ["a bus"] if script == "sample.py" else TOY_OPTIONS

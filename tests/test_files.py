@@ -97,7 +97,7 @@ def test_damaged_checkpoints_are_found(world, tmp_path, what, capsys):
 
 
 def test_a_checkpoint_without_one_of_its_fields_is_one_line(world, tmp_path, capsys):
-    """C17: whatever is missing from a checkpoint or from a dump's meta.json, and is needed, is
+    """Whatever is missing from a checkpoint or from a dump's meta.json, and is needed, is
     named; nothing takes another value silently."""
     d = link_world(world[0], tmp_path / "w")
     sound = load_raw(d / "out/toy/gpt.pt")
@@ -131,7 +131,7 @@ def test_a_checkpoint_without_one_of_its_fields_is_one_line(world, tmp_path, cap
 
 
 def test_a_damaged_world_and_log_are_one_line_or_mended(world, tmp_path):
-    """C17: a drawing cut, captions.tsv cut in a line or between two, a log line that is no JSON."""
+    """A drawing cut, captions.tsv cut in a line or between two, a log line that is no JSON."""
     d = link_world(world[0], tmp_path / "w")
     captions, drawing = d / "data/toy/captions.tsv", sorted((d / "data/toy/heldout").iterdir())[0]
     for path, cut in ((captions, 35), (captions, None), (drawing, 40)):
@@ -272,7 +272,7 @@ def test_a_lock_ends_with_its_process_though_a_worker_lives_on(tmp_path, capsys)
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
 def test_a_file_system_without_locks_is_no_other_run(tmp_path, number, capsys):
-    """C19: only a lock that is held means busy; elsewhere a line says what is lost."""
+    """Only a lock that is held means busy; elsewhere a line says what is lost."""
     refuse = OSError(number, os.strerror(number))
     with mock.patch.object(files.fcntl, "lockf", side_effect=refuse):
         assert lock_folder(tmp_path)
@@ -284,7 +284,7 @@ def test_a_file_system_without_locks_is_no_other_run(tmp_path, number, capsys):
 
 
 def test_a_run_where_folders_are_not_synced_and_files_not_mapped(world, tmp_path):
-    """C19: fsync of a folder refused, mmap refused: the run works, and leaks no file."""
+    """Fsync of a folder refused, mmap refused: the run works, and leaks no file."""
     d, fsync = world[0], os.fsync
 
     def no_folders(number):
@@ -340,7 +340,7 @@ def can_mount():
 
 @pytest.mark.skipif(not can_mount(), reason="needs to mount a small file system (unshare)")
 def test_a_full_disk_is_called_one(world, tmp_path):
-    """C22: on a real one the line says what is the matter, and what was there stays."""
+    """On a real one the line says what is the matter, and what was there stays."""
     (tmp_path / "small").mkdir()
     args = [sys.executable, str(ROOT / "train_gpt.py"), *GPT_OPTIONS, f"--out={tmp_path}/small"]
     script = (f"mount -t tmpfs -o size=200k tmpfs {tmp_path}/small && echo precious > "
@@ -357,7 +357,7 @@ def test_a_full_disk_is_called_one(world, tmp_path):
 
 
 def test_no_folder_is_deleted_that_the_program_did_not_make(world, tmp_path):
-    """C1: a folder `chunks` or `WORLD.partial` of the user's is refused, and untouched."""
+    """A folder `chunks` or `WORLD.partial` of the user's is refused, and untouched."""
     d = world[0]
     for marker in ("photo.txt", "made.json"):
         precious = tmp_path / marker / "x/chunks" / marker

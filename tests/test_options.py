@@ -104,7 +104,7 @@ def test_the_option_meant_is_named_and_only_a_near_one(script, typed, meant, tmp
 
 @pytest.mark.parametrize("script", STAGES)
 def test_every_script_refuses_dashes_repeats_and_empty_paths(script, tmp_path):
-    """C10 and C22 as a user meets them: nothing is taken for a prompt, nothing silently wins."""
+    """As a user meets them: nothing is taken for a prompt, nothing silently wins."""
     assert "begins with a dash" in call_error(script, "-n", "4", cwd=tmp_path)
     assert "begins with a dash" in call_error(script, "\u2014\u2014seed=4", cwd=tmp_path)
     assert "--out is given 2 times" in call_error(script, "--out=a", "--out=a", cwd=tmp_path)
@@ -141,7 +141,7 @@ PATHS = [("toy.py", "data"), ("toy.py", "out"), ("vqgan.py", "data"), ("vqgan.py
 
 @pytest.mark.parametrize("script, option", PATHS)
 def test_a_path_that_cannot_be_looked_at_is_one_line(world, tmp_path, script, option):
-    """C14: names over 255 bytes, a file where a folder is needed, a closed folder."""
+    """Names over 255 bytes, a file where a folder is needed, a closed folder."""
     value = f"{LONG}.png" if option in ("image", "out") else LONG
     words = ["a bus"] if script == "sample.py" and option not in ("image", "texts") else []
     words += [f"--out={tmp_path}/x.png"] if option != "out" else []
@@ -214,7 +214,7 @@ print(json.dumps(codes))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_an_import_changes_nothing_and_help_needs_no_docstrings(tmp_path):
-    """C18: `import sample` in a notebook leaves garbage collector, signals and streams alone;
+    """`import sample` in a notebook leaves garbage collector, signals and streams alone;
     `python -OO SCRIPT --help`, where docstrings are gone, prints the options."""
     scripts = [str(ROOT / script) for script in STAGES]
     done = subprocess.run([sys.executable, "-OO", "-c", NOTEBOOK, *scripts], cwd=tmp_path,

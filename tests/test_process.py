@@ -95,7 +95,7 @@ def test_workers_end_with_a_killed_prepare(world, tmp_path):
 
 @linux
 def test_a_killed_worker_is_one_line_and_a_signal_ends_all(world, tmp_path):
-    """C15: the system kills the largest process when memory runs out; C16: SIGHUP is SIGTERM."""
+    """The system kills the largest process when memory runs out; SIGHUP is SIGTERM."""
     child, workers = start_long_prepare(world, tmp_path / "a")
     os.kill(int(workers[0]), signal.SIGKILL)
     err = child.communicate(timeout=60)[1]
@@ -111,7 +111,7 @@ def test_a_killed_worker_is_one_line_and_a_signal_ends_all(world, tmp_path):
 
 @pytest.mark.skipif(not can_mount(), reason="needs to mount a small file system (unshare)")
 def test_a_small_shared_memory_is_one_line_and_no_hang(world, tmp_path):
-    """C11: as in a container; both that train or prepare with workers, and what they had done."""
+    """As in a container; both that train or prepare with workers, and what they had done."""
     commands = {
         "vqgan.py": changed(VQGAN_OPTIONS, workers=2, batch_size=64, max_steps=30, eval_every=30,
                             out=tmp_path / "v"),
@@ -137,7 +137,7 @@ ALLOCATION = ("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator
                                    torch.OutOfMemoryError("CUDA out of memory. Tried 2.00 GiB")],
                          ids=["MemoryError", "RuntimeError", "OutOfMemoryError"])
 def test_no_memory_is_one_line_that_names_the_checkpoint(world, tmp_path, error):
-    """C15: what to make smaller, and what holds; other errors of torch's keep their traceback."""
+    """What to make smaller, and what holds; other errors of torch's keep their traceback."""
     step = train_gpt.train_step
 
     def fail_at_fifth(*args):
@@ -173,7 +173,7 @@ def test_a_real_lack_of_memory_is_one_line(world, tmp_path):
 
 
 def test_prepare_goes_on_with_fewer_workers_and_rows(world, tmp_path):
-    """C15: --batch_size and --workers may differ when it goes on, the rows are the same."""
+    """--batch_size and --workers may differ when it goes on, the rows are the same."""
     from common import chunks
     real, run = chunks.atomic_write, ["prepare.py", *changed(PREPARE_OPTIONS, chunk=32),
                                       f"--out={tmp_path}/d"]
@@ -197,7 +197,7 @@ def test_prepare_goes_on_with_fewer_workers_and_rows(world, tmp_path):
 
 @linux
 def test_a_failing_output_ends_no_training(world, tmp_path):
-    """C16 and C18: nobody reads on (| head -1), a full disk behind the log, a closed stdout, both
+    """Nobody reads on (| head -1), a full disk behind the log, a closed stdout, both
     closed: trained to the end, exit code 0, nothing on stderr; the same images from sample.py."""
     train = stage_command("train_gpt.py", *changed(GPT_OPTIONS, max_steps=30, eval_every=5))
     draw = stage_command("sample.py", "a red bus", "--n=2", "--candidates=3")
@@ -240,7 +240,7 @@ def test_a_log_that_cannot_be_written_ends_no_training(world, tmp_path):
 
 
 def test_an_output_without_reconfigure_and_a_name_that_is_no_utf8(world, tmp_path, capsysbinary):
-    """C18: stdout as a notebook or a wrapper gives it; a file name of other bytes is printed."""
+    """Stdout as a notebook or a wrapper gives it; a file name of other bytes is printed."""
     folder = os.fsencode(tmp_path) + b"/\xff\xfe"
     os.mkdir(folder)
     for i in range(12):
@@ -289,7 +289,7 @@ def on_terminal(words, cwd, columns):
 
 
 def test_a_terminal_shows_messages_apart_from_a_bar_one_can_see(world, tmp_path):
-    """C23: on 80 columns."""
+    """On 80 columns."""
     args = changed(GPT_OPTIONS, max_steps=400, eval_every=100, out=tmp_path)
     sent, screen = on_terminal(stage_command("train_gpt.py", *args), world[0], 80)
     bars = re.findall(r"\d+%\|([^|]*)\|([^\r\n]*)", sent)
@@ -308,7 +308,7 @@ def test_a_terminal_shows_messages_apart_from_a_bar_one_can_see(world, tmp_path)
     ids=["garbage", "nothing", "404", "page"])
 def test_a_download_answered_by_something_else_is_one_line(world, tmp_path, monkeypatch, answer,
                                                            says):
-    """C18: a proxy, a login page, a printer; nothing of it is kept."""
+    """A proxy, a login page, a printer; nothing of it is kept."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve():
@@ -333,7 +333,7 @@ def test_a_download_answered_by_something_else_is_one_line(world, tmp_path, monk
 
 
 def test_two_samples_at_once_with_one_out(world, tmp_path):
-    """C24: both end well, and what is there is whole."""
+    """Both end well, and what is there is whole."""
     jobs = [(["sample.py", "a red bus", "--n=3", f"--out={tmp_path}/s.png"], world[0], 0)] * 2
     for done in run_stages(*jobs):
         assert "wrote" in done.stdout and not done.stderr
@@ -372,7 +372,7 @@ class Numbered:
 
 
 def test_no_image_stands_in_for_all_its_unreadable_neighbours():
-    """C2: bad files sort together, and each is replaced by any of the good ones alike; the batch
+    """Bad files sort together, and each is replaced by any of the good ones alike; the batch
     remains a function of seed and step, whatever share of it a rank makes."""
     cfg = vqgan.Config(batch_size=64, image_size=16, max_steps=200)
     names = list(range(400))

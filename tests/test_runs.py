@@ -244,7 +244,7 @@ def test_the_same_command_says_finished_and_another_config_is_refused(world):
 
 
 def test_paths_and_inputs_are_compared_by_what_they_are(world, tmp_path):
-    """C8 and C20: another spelling of a path is the same path; other files under the old names are
+    """Another spelling of a path is the same path; other files under the old names are
     other inputs; where the dump or CLIP lies may differ, what it holds may not."""
     d = link_world(world[0], tmp_path / "w")
     run = ["--out=out/toy", "--data=./data/toy/train/"]
@@ -268,7 +268,7 @@ def test_paths_and_inputs_are_compared_by_what_they_are(world, tmp_path):
 
 
 def test_reasons_in_a_dump_do_not_differ_from_run_to_run(world, tmp_path):
-    """C8: no memory addresses, no folder names: two dumps of one folder are the same bytes."""
+    """No memory addresses, no folder names: two dumps of one folder are the same bytes."""
     metas = []
     for name in "ab":
         call_stage("prepare.py", *PREPARE_OPTIONS, "--workers=0", f"--out={tmp_path / name}",
@@ -326,7 +326,7 @@ def test_too_many_bad_images_stop_a_run(world, tmp_path):
 
 
 def test_unreadable_images_are_replaced_at_random(world, tmp_path):
-    """C2: a folder of tiny images among good ones ends nothing; a line says why, for each kind of
+    """A folder of tiny images among good ones ends nothing; a line says why, for each kind of
     reason and not for each file; --max_bad alone decides."""
     photos = tmp_path / "photos"
     (photos / "thumbs").mkdir(parents=True)
@@ -560,7 +560,7 @@ def test_a_moved_folder_draws(world, tmp_path):
     shutil.copy(d / "out/toy/vqgan.pt", tmp_path / "all/out/toy/vqgan.pt")
     call_stage("sample.py", "a bus", "--n=1", "--gpt=run/gpt.pt", "--out=s.png",
                cwd=tmp_path / "all")
-    # a linked run folder is found (C4), and what is trained in one names its VQGAN rightly
+    # a linked run folder is found, and what is trained in one names its VQGAN rightly
     (tmp_path / "elsewhere/out").mkdir()
     (tmp_path / "elsewhere/out/linked").symlink_to(tmp_path / "moved/run")
     out = call_stage("sample.py", "a bus", "--n=1", cwd=tmp_path / "elsewhere").stdout
