@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import sample
-from common.checkpoints import load_gpt
+from common.checkpoints import load_checkpoint
 from common.files import atomic_write, write_json
 from common.images import save_grid
 from common.options import check_range, fail, parse_options
@@ -146,12 +147,35 @@ def write_results(table, best, sentences, out):
           f"photograph trained on, by pixels and by the judge's features")
 
 
-def load_captioned(cfg, vqgan, device):
-    gpt, meta = load_gpt(cfg.captioned, device)
-    if meta.get("vqgan_sha256") != vqgan.sha256:
-        fail(f"--captioned={cfg.captioned} was trained on tokens of another VQGAN than "
-             f"{vqgan.path}")
-    return gpt
+def load_guided(path, cfg, runtime):
+    """GPT, VQGAN, CLIP and the sampling options, as sample.py loads them."""
+    networks = sample.load(sample.Config(gpt=path, temperature=cfg.temperature), runtime)
+    if networks[-1]["guidance"] == 1:
+        fail(f"{path} can't be guided: it needs a GPT that is not classic, trained with dropped "
+             f"conditions (--cond_drop_prob)")
+    return networks
+
+
+def load_captioned(cfg, gpt, vqgan, clip, runtime):
+    """The captioned control of `gpt`. It strays by the images' spread, if a variety suits it, and
+    takes texts as they are, for that is what it has learnt from."""
+    captioned, *others, _ = load_guided(cfg.captioned, cfg, runtime)
+    if [x.sha256 for x in others] != [vqgan.sha256, clip.sha256]:
+        fail(f"--captioned={cfg.captioned} goes with another VQGAN or CLIP than the GPT of "
+             f"--models={cfg.models}")
+    captioned.spread.copy_(gpt.spread)
+    captioned.shrink.copy_(torch.eye(len(gpt.shrink)))
+    return captioned
+
+
+def check_split(cfg, photos, vqgan):
+    """Refuse photographs of which other ones were held out when the networks were trained."""
+    checkpoint = load_checkpoint(vqgan.path, "vqgan")
+    trained_on = checkpoint.get("inputs", {}).get("images", "nothing known")
+    if not (photos.sha256.startswith(trained_on)
+            and checkpoint["config"]["val_percent"] == cfg.val_percent):
+        fail(f"{vqgan.path} was trained on other photographs than {cfg.data}.tar with "
+             f"--val_percent={cfg.val_percent:g} leaves: name those")
 
 
 def main():
@@ -169,10 +193,11 @@ def main():
         fail(f"--val_percent={cfg.val_percent:g} holds out no two photographs of a class, too few "
              f"to compare with")
     runtime = Runtime(cfg.device, cfg.dtype, training=False)
-    gpt, vqgan, clip, options = sample.load(
-        sample.Config(gpt=f"{cfg.models}/gpt.pt", temperature=cfg.temperature), runtime)
-    captioned = cfg.captioned and load_captioned(cfg, vqgan, runtime.device)
+    gpt, vqgan, clip, options = load_guided(f"{cfg.models}/gpt.pt", cfg, runtime)
+    check_split(cfg, photos, vqgan)
+    captioned = cfg.captioned and load_captioned(cfg, gpt, vqgan, clip, runtime)
     judge = get_judge(photos, judge_cfg, Runtime(cfg.device, judge_cfg.dtype))
+    runtime = Runtime(cfg.device, cfg.dtype, training=False)  # training allows TF32 on a GPU
 
     prompts = [caption(wording, c) for wording in PROMPTS for c in photos.classes]
     table = Table(photos, judge, clip, prompts, cfg, runtime)
@@ -180,6 +205,8 @@ def main():
     add_photographs(table, painter)
     best = add_sweep(table, "samples", painter, options, values["guidance"], values["variety"])
     sentences = [f"The row that counts, chosen on its own samples: {best}."]
+    if table.rows[best]["diversity"] < cfg.min_diversity:
+        sentences.append(f"No row has a diversity of {cfg.min_diversity:g} or more.")
     add_others(table, painter, best)
     if captioned:
         other = make_painter(captioned, vqgan, runtime, seed=cfg.seed, batch_size=cfg.batch_size)

@@ -243,6 +243,28 @@ def test_table_of_photographs_end_to_end(noise):
     assert sheet.width > 5 * 3 * 96                                   # 5 triples side by side
 
 
+def test_captioned_control_takes_texts_as_they_are(noise, monkeypatch):
+    d, _ = noise
+    monkeypatch.chdir(d)
+    cfg = photos.Config(models="out/noise", captioned="out/noise/captioned/gpt.pt")
+    runtime = photos.Runtime("cpu", "float32", training=False)
+    gpt, vqgan, clip, _ = photos.load_guided("out/noise/gpt.pt", cfg, runtime)
+    captioned = photos.load_captioned(cfg, gpt, vqgan, clip, runtime)
+    plain = torch.eye(32)
+    assert torch.equal(captioned.shrink, plain) and not torch.equal(gpt.shrink, plain)
+    assert torch.equal(captioned.spread, gpt.spread) and captioned.spread.any()
+
+
+def test_photographs_held_out_otherwise_are_refused(noise, tmp_path):
+    d, _ = noise
+    args = ["lab.photos", "--models=out/noise", f"--out={tmp_path}", "--val_percent=20"]
+    assert "was trained on other photographs" in call_error(*args, "--data=data/noise", cwd=d)
+    write_photos(tmp_path, 100)
+    args[-1] = "--val_percent=10"
+    assert "was trained on other" in call_error(*args, f"--data={tmp_path}/noise", cwd=d)
+    assert not list(tmp_path.glob("judge.pt"))
+
+
 # -------------------------------------------------------------------------------------- the files
 
 
