@@ -4,9 +4,9 @@ discriminator, and a GPT that writes such tokens behind a prefix made of a CLIP 
     image  --Encoder--> z --Quantizer--> tokens        the GPT learns p(tokens | CLIP embedding)
     tokens --lookup---> codes --Decoder--> image
 
-Nothing here reads files, parses options or prints. Letters in shape comments: B batch, S image
-side in pixels, h = w side of the token grid, T = h*w tokens of one image, K codebook size, d length
-of a code, D length of a CLIP embedding, C width of the GPT, H heads, P prefix tokens, t positions.
+Nothing here reads files, parses options or prints. In shape comments: B batch, S image side in
+pixels, h = w side of the token grid or a feature map, T = h*w tokens of an image, K codes, d length
+of a code, D of a CLIP embedding, C width of the GPT, H heads, P prefix tokens, t positions.
 """
 import math
 from dataclasses import dataclass
@@ -211,7 +211,7 @@ class Quantizer(nn.Module):
         self.l2_norm = l2_norm
         self.embedding = nn.Embedding(codebook_size, code_dim)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
-        # moving average of each code's hits, in units of the fair share N/K
+        # moving average of each code's hits in a step, 1 being the fair share
         self.register_buffer("usage", torch.ones(codebook_size), persistent=False)
 
     def to_unit(self, x):
@@ -263,8 +263,8 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def count_hits(self, counts, memory=8, threshold=0.03):
-        """Take each code's hits in a step (K,) into the average over the time in which the fair
-        share is `memory` hits. Returns the codes under `threshold` of the fair share (n,)."""
+        """Update `usage` by each code's hits in a step (K,): an average over the steps in which a
+        code's fair share is `memory` hits. Returns the codes (n,) of a usage under `threshold`."""
         fair_share = counts.sum() / len(counts)
         weight = (fair_share / memory).clamp(max=0.5)
         self.usage.lerp_(counts / fair_share, weight)
@@ -381,8 +381,8 @@ class Block(nn.Module):
         return torch.cat([qk.to(qkv.dtype), qkv[..., 2:, :, :]], -3)
 
     def forward(self, x, cache=None, pos=0):
-        """x (B, t, C) at positions pos.. -> (B, t, C). A cache (2, B, H, block_size, C/H) only
-        lengthens keys and values: theirs are written into it, and all up to them are seen."""
+        """x (B, t, C) at positions pos.. -> (B, t, C). With a cache (2, B, H, block_size, C/H) the
+        keys and values are written into it, and all up to these positions are attended to."""
         b, t, c = x.shape
         assert t == 1 or pos == 0, "behind other positions only one at a time"
         qkv = self.qkv(self.ln_1(x)).view(b, t, 3, self.n_head, -1)      # (B, t, 3, H, C/H)
@@ -425,7 +425,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Classic keeps torch's defaults, as released. With zero_init every block starts as the
+        """Classic keeps torch's defaults, as released. Else zero_init starts every block as the
         identity, and the loss at exactly ln K."""
         for name, p in self.named_parameters() if not self.cfg.classic else []:
             if p.dim() >= 2:
@@ -440,7 +440,7 @@ class GPT(nn.Module):
         """CLIP embeddings (B, D) of any length -> conditions (B, D) of unit length.
 
         c = norm(norm(e) - mean of the modality): images and texts lie around two different means
-        (Liang et al. 2022), and centring aligns the two distributions. A text's is norm(c M), M
+        (Liang et al. 2022); centring cancels a constant shift between them. A text's: norm(c M), M
         the buffer `shrink`: without what no image varies by. With `noise` (B, D) the result is
         norm(c + noise), as in training (Zhou et al. 2022). Classic takes norm(e).
         """
@@ -515,9 +515,9 @@ class GPT(nn.Module):
 
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """Logits (B, K) and uniform numbers (B,) -> tokens (B,), by inverting the cumulative
-    distribution of the top_k likeliest codes (0: all), and of those of the fewest that hold top_p
-    of the probability (Holtzman et al. 2020). Never waits for the device."""
+    """Logits (B, K) and uniform numbers (B,) -> tokens (B,): the first code at which the summed
+    probabilities pass the number. Only the top_k likeliest codes count (0: all), and of these the
+    fewest that hold top_p of the mass (Holtzman et al. 2020). Never waits for the device."""
     if temperature < 1e-6:  # less would overflow
         return logits.argmax(-1)
     k = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1]

@@ -89,8 +89,7 @@ def stack(crops, side):
 
 @torch.no_grad()
 def encode_batch(pixels, clip_pixels, vqgan, clip, runtime, batch_size=None):
-    """uint8 crops (n, S, S, 3) and (n, C, C, 3) -> tokens (n, T), unit embeddings (n, D) float16.
-    """
+    """uint8 crops (n, S, S, 3), for CLIP (n, C, C, 3) -> tokens (n, T), unit embeddings (n, D)."""
     side = pixels.shape[1] // vqgan.cfg.factor
     small = max(2, 2 ** 16 // pixels.shape[1] ** 2)  # what a worker's caches hold
     batch_size = batch_size or (small if chunking.encode_in_workers(runtime) else 128)
@@ -152,13 +151,13 @@ def main():
     if cfg.dry_run:
         todo = range(len(chunks["train"]))
         return chunking.measure(chunks["train"], todo, encode, workers, len(source.names), runtime)
-    lock = lock_folder(out, runtime.rank)  # held for as long as this name lives
+    _lock = lock_folder(out, runtime.rank)  # held until main returns
     if (out / "meta.json").exists():
         chunking.check_same(out / "meta.json", provenance)
         chunking.remove_chunks(folder)
         runtime.print0(f"{out / 'meta.json'} is finished; to prepare again, choose another --out")
-        return lock and 0
-    chunking.open_chunk_folder(folder, provenance, runtime.rank)
+        return 0
+    chunking.open_chunk_folder(folder, provenance, runtime)
     bad = chunking.encode_chunks(chunks, folder, encode, workers, source, cfg, runtime)
     runtime.wait_for_all()
     if runtime.rank > 0:
@@ -173,7 +172,7 @@ def main():
                                out=f"out/{out.resolve().name.removesuffix('_tokens')}")
     runtime.print0(f"wrote {counts['train']} training and {counts['val']} validation rows to "
                    f"{out}; {len(skipped)} images skipped; next: {following}")
-    return lock and 0
+    return 0
 
 
 if __name__ == "__main__":

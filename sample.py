@@ -54,7 +54,7 @@ class Config:
     temperature: float | None = None  # 0: likeliest (auto: 0.7; 64 tokens or more 1; classic 1)
     top_k: int | None = None         # among this many likeliest codes (auto: 0, all; classic 500)
     top_p: float | None = None       # among those that hold this mass (auto: 1; classic 0.95)
-    variety: float | None = None     # in spreads (auto: 0.5; 64 tokens or more 1; classic 0)
+    variety: float | None = None     # noise, in spreads (auto: 0.5; 64 tokens or more 1; classic 0)
     seed: int = 0                    # image i of a prompt depends on (seed, prompt, i) alone
     batch_size: int = 64             # images at a time
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps

@@ -35,7 +35,7 @@ class Config:
     fresh: bool = False              # replace the run that is in --out
     seed: int = 0                    # of drawing and training
     # the world
-    train_images: int = 20000        # to learn from: train/ for all, an eighth, unseen/, for CLIP
+    train_images: int = 20000        # to learn from; an eighth, in unseen/, is for CLIP alone
     heldout_images: int = 2000       # kept for judging
     image_size: int = 64             # pixels a side
     # the toy CLIP

@@ -37,9 +37,9 @@ class Config:
     preset: str = ""                 # paper, or 24gb for one card of that size; see PRESETS
     data: str = "data/toy_tokens"    # a dump of prepare.py
     out: str = "out/gpt"             # the run: gpt.pt, gpt.jsonl, grid.png
-    vqgan: str = ""                  # whose decoder draws grid.png (empty: that of the dump)
+    vqgan: str = ""                  # the dump's VQGAN, if it was moved (empty: as the dump says)
     trust_jit: bool = False          # as in prepare.py; for --clip_loss_weight
-    init_from: str = ""              # start from the weights of this checkpoint, and its shape
+    init_from: str = ""              # start from this checkpoint's weights, shape and dropout
     fresh: bool = False              # replace the run that is in --out
     seed: int = 0                    # of the weights, the order of rows, the noise, the drops
     # network
@@ -169,8 +169,7 @@ def train_step(state, batch, loss_fn, clip_loss, step, cfg, runtime):
         first = (runtime.rank * cfg.grad_accum_steps + i) * micro_batch_size
         rows = slice(first, first + micro_batch_size)
         targets, inputs, embeds, noise, drop = (runtime.to_device(x[rows]) for x in batch)
-        is_noisy = (cfg.noise or cfg.spread) and not cfg.classic
-        cond = state.model.condition(embeds, noise=noise if is_noisy else None)  # (b, D)
+        cond = state.model.condition(embeds, noise=None if cfg.classic else noise)   # (b, D)
         with runtime.autocast():
             loss = loss_fn(cond, targets, None if cfg.classic else drop, inputs)
             loss = loss / cfg.grad_accum_steps

@@ -60,7 +60,7 @@ class Config:
     mse: float = 1.0                 # weight of the L2 loss beside the L1 loss
     perceptual: float = 0.5          # weight of the distance between CLIP features
     perceptual_shift: int = 0        # CLIP sees both images shifted at random by up to this, pixels
-    vq_start: int = 150              # steps without quantisation, then k-means; 0: random codes
+    vq_start: int = 150              # unquantised steps, then k-means; 0: codes random or loaded
     disc_start: int = 1000000        # first step of the discriminator; from max_steps on: never
     disc_weight: float = 0.8         # its weight, times the adaptive weight
     disc_cap: float = 10.0           # upper bound of the adaptive weight
@@ -84,7 +84,7 @@ class Config:
 
 # Learning rates are 4.5e-6 x batch, as taming's. Muon takes 7x as long for such widths on a CPU; it
 # is not measured on a GPU, so AdamW. RN50 sees every pixel; ViT-B/32 projects patches of 3,072
-# numbers to 768 and is blind to three quarters of the errors.
+# numbers to 768: errors in three quarters of the directions are invisible to it.
 F16 = {"image_size": 256, "min_zoom": 0.8, "flip": True, "patch": 1, "ch": 128,
        "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": (16,), "groups": 32,
        "z_channels": 256, "codebook_size": 16384, "clip": "RN50", "perceptual_shift": 16,
@@ -191,8 +191,8 @@ def adversarial_backward(state, x, recon, loss, losses, quantized, cfg, runtime)
 
 
 def update_adaptive_weight(state, cfg, runtime):
-    """The adversarial loss's weight in the next step, by the whole batch of this one: both losses
-    pull equally at the decoder's last layer (Esser et al. eq. 7), capped."""
+    """The adversarial loss's weight in the next step, by the whole batch of this one: disc_weight
+    times what makes both losses pull equally at the decoder's last layer (Esser et al. eq. 7)."""
     rec_norm, gan_norm = (runtime.all_reduce(grad).norm() / state.scaler.get_scale()
                           for grad in state.last_layer_grads)
     weight = cfg.disc_weight * (rec_norm / (gan_norm + 1e-6)).clamp(max=cfg.disc_cap)
@@ -290,7 +290,8 @@ def check(cfg):
     check_range(cfg, 1, 2 ** 62, "image_size", "patch", "ch", "num_res_blocks", "groups",
                 "z_channels", "codebook_size", "code_dim", "max_steps", "batch_size",
                 "grad_accum_steps", "eval_every")
-    check_range(cfg, 0, 1, "max_bad", "ema", "beta1", "beta2")
+    check_range(cfg, 0, 1, "max_bad", "ema")
+    check_range(cfg, 0, 0.9999, "beta1", "beta2")
     check_range(cfg, 0.1, 1, "min_zoom")
     if not cfg.ch_mult or not 0 < min(cfg.ch_mult) <= max(cfg.ch_mult) <= 64:
         fail(f"--ch_mult={cfg.ch_mult} makes no sense: one small number a level")
@@ -306,7 +307,7 @@ def check(cfg):
 
 def compile_network(state, cfg, runtime):
     """The network as it trains: compiled, if that is wanted and works."""
-    torch._functorch.config.donated_buffer = False  # backward runs twice on this graph
+    torch._functorch.config.donated_buffer = False  # a step goes back through it 3 times
     rows = cfg.batch_size // runtime.world // cfg.grad_accum_steps
     shape = (rows, cfg.image_size, cfg.image_size, 3)
     blank = to_pixels(torch.zeros(shape, dtype=torch.uint8), runtime)
@@ -373,7 +374,8 @@ def main():
             run.save(step + 1, state.state_dict())
         if run.should_stop:
             return run.finish()
-    following = format_command("prepare.py", vqgan=run.final, data=cfg.data, clip=cfg.clip,
+    following = format_command("prepare.py", vqgan=run.final, data=cfg.data,
+                               clip="ViT-B/32" if cfg.preset else cfg.clip,
                                out=f"data/{Path(cfg.out).resolve().name}_tokens")
     return run.finish(f"and {cfg.out}/recon.png; next: {following}")
 

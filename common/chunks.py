@@ -15,7 +15,8 @@ from common.process import note_saved, start_worker
 from common.progress import Progress
 from common.sources import BadImages
 
-MAY_CHANGE = ("out", "device", "workers", "batch_size", "trust_jit", "max_bad", "dry_run")
+MAY_CHANGE = ("out", "device", "workers", "batch_size", "trust_jit", "max_bad", "dry_run",
+              "vqgan", "clip")  # which are compared by hash
 MARKER = "made.json"  # in the folder of chunks: that this program made it, and from what
 
 
@@ -82,15 +83,16 @@ def merge_chunks(out, folder, splits, chunk):
     return counts, skipped, total
 
 
-def open_chunk_folder(folder, provenance, rank):
+def open_chunk_folder(folder, provenance, runtime):
     """The folder of finished chunks, which carries this program's marker; a user's is refused."""
-    if (folder / MARKER).exists():
-        check_same(folder / MARKER, provenance)
-        remove_stale(folder)
-    elif folder.exists() and any(folder.iterdir()):
-        fail(f"{folder} exists and was not made by this program; choose another --out")
-    if rank == 0:
+    if runtime.rank == 0:
+        if (folder / MARKER).exists():
+            check_same(folder / MARKER, provenance)
+            remove_stale(folder)
+        elif folder.exists() and any(folder.iterdir()):
+            fail(f"{folder} exists and was not made by this program; choose another --out")
         write_json(folder / MARKER, provenance)
+    runtime.wait_for_all()  # before another rank writes there
 
 
 def remove_chunks(folder):
@@ -107,10 +109,10 @@ def measure(chunks, todo, encode, workers, total, runtime):
     """The dry run: a few chunks, and what all of them would take."""
     start, images = time.time(), 0
     for c, first, second, _ in loader(chunks, todo[:4 * max(1, workers)], workers):
-        rows = first if chunks.encode else encode(first, second)[0]
+        tokens, embeds = (first, second) if chunks.encode else encode(first, second)
         images += len(chunks.names_of(c))
     seconds = (time.time() - start) / images
-    row_bytes = rows.shape[1] * 2 + chunks.clip_size
+    row_bytes = tokens.shape[1] * tokens.itemsize + embeds.shape[1] * embeds.itemsize
     runtime.print0(f"dry run: {1 / seconds:.3g} images/s; all {total} images would take "
                    f"{seconds * total / 3600:.2f} hours; nothing was written. Stage 3 will read "
                    f"{total * chunks.crops} rows, {total * chunks.crops * row_bytes / 1e6:.1f} MB")

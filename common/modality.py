@@ -61,7 +61,7 @@ def measure_gap(clip, images, image_mean):
 @torch.no_grad()
 def neighbour_spread(model, clip_embeds, seed, neighbours=0.01, anchors=256, max_rows=50000):
     """A factor R (D, D) of the mean local covariance: e R, e standard normal, varies as the image
-    embeddings (N, D) nearest to an embedding, that share of all, vary around their mean.
+    embeddings nearest to one of them, the share `neighbours` of all (N, D), do around their mean.
 
     A text is one point where the images it fits are a cloud: "a red bus" says nothing of the
     background. With noise of this shape in training the GPT learns what a text leaves open;

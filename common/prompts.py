@@ -16,6 +16,9 @@ def read_prompts(cfg):
         except (OSError, UnicodeError) as e:
             fail(f"{cfg.texts} is no file of prompts that can be read ({e})")
         prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            fail(f"{cfg.texts} holds no prompt; give either words in it, one prompt a line, or an "
+                 f"image alone")
     if cfg.mix is None and bool(prompts) == bool(cfg.image):
         fail('give either words, as in python sample.py "a red bus", or an image, --image=FILE; or '
              'both with --mix=0.5')

@@ -346,7 +346,7 @@ def main():
     cfg = parse_options(Config)
     check(cfg)
     start_time, parts = time.time(), cfg.parts.split(",")
-    lock = lock_folder(cfg.out)  # another bench would make the same data anew
+    _lock = lock_folder(cfg.out)  # another bench would make the same data anew
     limits, rows = in_new_process(measure_limits, cfg)
     in_new_process(make_data, cfg, limits)
     step_seconds = 0.1
@@ -360,7 +360,7 @@ def main():
     write_json(Path(cfg.out, "bench.json"), {"config": asdict(cfg), "rows": rows})
     print(json.dumps(rows))
     print(f"{time.time() - start_time:.0f} s; wrote {cfg.out}/bench.json")
-    return lock and 0
+    return 0
 
 
 if __name__ == "__main__":

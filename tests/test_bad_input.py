@@ -71,6 +71,7 @@ BAD = [
     ("vqgan.py --vq_start=600 --out=out/x", "--vq_start=600"),
     ("train_gpt.py --init_from=nowhere.pt --out=out/x", "nowhere.pt"),
     ("vqgan.py --init_from=out/toy/gpt.pt --out=out/x", "checkpoint of gpt"),
+    ("vqgan.py --beta2=1 --out=out/x", "--beta2=1"),
 ]
 AS_PROCESSES = [line for line, _ in BAD if line in (
     "vqgan.py --data=empty", "prepare.py --data=rotten --out=x", "train_gpt.py --data=nowhere",

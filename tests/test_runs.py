@@ -306,6 +306,10 @@ def test_dry_runs_say_what_a_run_would_take_and_write_nothing(world):
     run = [*PREPARE_OPTIONS, "--dry_run=True", "--out=out/dry"]
     out = call_stage("prepare.py", *run, cwd=d).stdout
     assert "images/s" in out and "hours" in out and "nothing was written" in out
+    rows, size = re.search(r"read (\d+) rows, ([\d.]+) MB", out).groups()
+    meta = json.loads((d / "data/toy_tokens/meta.json").read_text())
+    bytes_a_row = 2 * meta["tokens"] + 2 * meta["clip_dim"]
+    assert size == f"{int(rows) * bytes_a_row / 1e6:.1f}" != "0.0"
     assert snapshot(d) == before and not (d / "out/dry").exists()
 
 
