@@ -21,7 +21,7 @@ from common.options import check_range, fail, parse_options
 from common.process import run_main
 from common.runs import Run
 from common.runtime import Runtime, format_size
-from common.sources import ImageSource, split_names
+from common.sources import BadImages, ImageSource, split_names
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Config:
     fresh: bool = False                         # replace the run that is in --out
     seed: int = 0                               # of the weights and of every batch
     val_percent: float = 2.0                    # of the images that accuracy is measured on
+    max_bad: float = 0.5                        # stop if more of the images than this can't be read
     # network
     image_size: int = 32                        # pixels a side, a multiple of 32
     blocks: tuple = (1, 1, 1, 1)                # of the ModifiedResNet's four stages
@@ -71,27 +72,40 @@ def read_captions(path, names):
     return texts, captions
 
 
-def make_batch(source, names, captions, cfg, step):
+def read_image(source, name, bad):
+    """An image; None, and a note of it in `bad`, if it can't be read."""
+    try:
+        return source.open(name)
+    except (OSError, ValueError) as e:
+        bad.add({name: str(e)}, stop=len({*bad.reasons, name}) == bad.total)
+
+
+def make_batch(source, names, captions, cfg, bad, step):
     """Random crops, uint8 (B, S, S, 3), each with the number (B,) of one of its image's captions: a
-    function of (seed, step)."""
+    function of (seed, step). An image that can't be read is replaced by another."""
     rng = np.random.default_rng((cfg.seed, 1, step))
     images, index = [], []
     for i in rng.integers(len(names), size=cfg.batch_size):
-        images.append(random_crop(source.open(names[i]), cfg.image_size, rng.random(4),
-                                  cfg.min_zoom, flip=True))
+        while (image := read_image(source, names[i], bad)) is None:
+            i = rng.integers(len(names))
+        images.append(random_crop(image, cfg.image_size, rng.random(4), cfg.min_zoom, flip=True))
         index.append(rng.choice(captions[names[i]]))
     return np.stack(images), np.array(index)
 
 
 @torch.no_grad()
 def zero_shot(clip, texts, source, names, captions):
-    """Share of images whose nearest caption, among all, is one of their own."""
+    """For each image that can be read: is its nearest caption, among all, one of its own?"""
     embeds = clip.encode_text(texts)                                         # (texts, D)
     hits = []
     for name in names:
-        pixels = to_tensor(crop(source.open(name), clip.size))[None].to(clip.device)
+        try:
+            image = source.open(name)
+        except (OSError, ValueError):
+            continue
+        pixels = to_tensor(crop(image, clip.size))[None].to(clip.device)         # (1, 3, C, C)
         hits.append((clip.encode_image(pixels) @ embeds.T).argmax().item() in captions[name])
-    return float(np.mean(hits)) if hits else float("nan")
+    return hits
 
 
 def check(cfg):
@@ -101,6 +115,7 @@ def check(cfg):
     check_range(cfg, 2, 2 ** 62, "batch_size")
     check_range(cfg, 3, 2 ** 62, "context")
     check_range(cfg, 0.1, 1, "min_zoom")
+    check_range(cfg, 0, 1, "max_bad")
     if len(cfg.blocks) != 4 or not min(cfg.blocks):
         fail(f"--blocks={','.join(map(str, cfg.blocks))} makes no sense: four numbers of 1 or more")
     if cfg.image_size % 32 or not cfg.image_size or cfg.text_width % 64 or cfg.vision_width % 2:
@@ -129,12 +144,14 @@ def main():
 
     def judge(model):
         clip = Clip(model.eval(), "small", runtime.device)
-        accuracy = zero_shot(clip, texts, source, val_names[:1000], captions)
-        runtime.print0(f"names {accuracy:.1%} of {len(val_names[:1000])} held-out images: of all "
+        hits = zero_shot(clip, texts, source, val_names[:1000], captions)
+        accuracy = float(np.mean(hits)) if hits else float("nan")
+        runtime.print0(f"names {accuracy:.1%} of {len(hits)} held-out images: of all "
                        f"captions the nearest is one of theirs")
         return {"zero_shot": accuracy}
 
-    batch = partial(make_batch, source, train_names, captions, cfg)
+    bad = BadImages(cfg.max_bad, len(train_names), cfg.data)
+    batch = partial(make_batch, source, train_names, captions, cfg, bad)
     if not train_clip(state, batch, texts, cfg, run, runtime, judge):
         with atomic_write(Path(cfg.out, "clip.pt")) as f:
             torch.save(state.model.state_dict(), f)

@@ -20,7 +20,7 @@ from common.sources import ImageSource, split_names
 from lab import cifar, photo_judge, photos
 from lab.photo_table import Table, distances, diversity
 from tests.helpers import GPT_OPTIONS, ROOT, VQGAN_OPTIONS, one_line_error
-from tests.inprocess import call_error, call_stage, changed
+from tests.inprocess import call_error, call_stage, changed, link_world
 
 CIFAR = ROOT.parent / "shared/data/cifar10-50k"
 needs_cifar = pytest.mark.skipif(not CIFAR.with_suffix(".tar").is_file(),
@@ -125,6 +125,28 @@ def test_captioned_control_is_given_captions_of_the_same_photographs(noise):
             assert cosines.max() > 0.999
             used.add(cosines.argmax())
     assert len(used) > 6 and meta["image_mean"] == meta["text_mean"]
+
+
+SMALL = ["lab.small_clip", DATA, *CAPTIONS, "--out=out/small", "--max_steps=2", "--batch_size=32",
+         "--val_percent=10", "--vision_width=8", "--embed_dim=32", "--text_layers=1"]
+
+
+def test_images_that_cannot_be_read_are_passed_over(noise, tmp_path):
+    """Of those to train on another is drawn, of the held-out ones there is one less."""
+    d = link_world(noise[0], tmp_path / "w")
+    with tarfile.open(d / "data/noise.tar") as tar:
+        tar.extractall(d / "images", filter="data")
+    train, held_out = split_names(ImageSource(d / "images"), 10)
+    for name in train[::4] + held_out[:1]:
+        (d / "images" / name).write_bytes(b"not an image")
+    args = changed(SMALL, data="images")
+    said = call_stage(*args, cwd=d).stdout
+    assert "skipped " in said and f"of {len(held_out) - 1} held-out images" in said
+    assert load_clip(d / "out/small/clip.pt").size == 32
+    assert "(--max_bad=0.01)" in call_error(*changed(args, out="x", max_bad=0.01), cwd=d)
+    for name in train:
+        (d / "images" / name).write_bytes(b"not an image")
+    assert "can't be used" in call_error(*changed(args, out="x", max_bad=1), cwd=d)
 
 
 # ------------------------------------------------------------------------------------------ judge
@@ -298,6 +320,14 @@ def test_captions_are_given_to_the_dump_of_these_photographs_alone(noise, tmp_pa
     short.write_text("path\tcaption\n000.png\ta fruit\n")
     error = call_error(*changed(args, captions=short), DATA, "--out=data/x", cwd=d)
     assert "has no caption of" in error and not (d / "data/x").exists()
+
+
+def test_a_missing_clip_is_not_named_by_an_option_that_is_not_there(noise, tmp_path):
+    d = link_world(noise[0], tmp_path / "w")
+    (d / "out/noise/clip.pt").unlink()
+    line = call_error("lab.caption_dump", *CAPTIONS, DATA, "--dump=data/noise_tokens",
+                      "--out=data/x", cwd=d)
+    assert "out/noise/clip.pt: put that one back" in line and "=FILE" not in line
 
 
 def test_a_photograph_without_a_class_is_left_out(tmp_path):
