@@ -1,9 +1,9 @@
 """A CLIP for whoever has none: trains a small one, of OpenAI's form, on captioned images.
 
     python -m lab.small_clip --data=images --captions=captions.tsv --out=out/small_clip
-captions.tsv has a header line and the columns path and caption, divided by a tab; an image may have
-several lines. Like OpenAI's, this CLIP reads captions; VQGAN and GPT never do. Every stage takes
-the result by --clip=out/small_clip/clip.pt."""
+captions.tsv has a header line and the columns path and caption, divided by a tab, nothing quoted;
+an image may have several lines. Like OpenAI's, this CLIP reads captions; VQGAN and GPT never do.
+Every stage takes the result by --clip=out/small_clip/clip.pt."""
 import csv
 from collections import defaultdict
 from dataclasses import dataclass
@@ -56,8 +56,9 @@ def read_captions(path, names):
     """captions.tsv -> (distinct captions, {name: indices of its captions}) of the images `names`.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as f:
-            rows = [(r["path"], r["caption"]) for r in csv.DictReader(f, delimiter="\t")]
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
+            rows = [(r["path"], r["caption"]) for r in reader]
     except (OSError, KeyError, UnicodeError, csv.Error) as e:
         fail(f"{path} can't be read as captions: columns path and caption, a tab between ({e})")
     wanted = set(names)

@@ -19,6 +19,7 @@ from common.sampling import sampling_options
 from common.sources import ImageSource, split_names
 from lab import cifar, photo_judge, photos
 from lab.photo_table import Table, distances, diversity
+from lab.small_clip import read_captions
 from tests.helpers import GPT_OPTIONS, ROOT, VQGAN_OPTIONS, one_line_error
 from tests.inprocess import call_error, call_stage, changed, link_world
 
@@ -147,6 +148,17 @@ def test_images_that_cannot_be_read_are_passed_over(noise, tmp_path):
     for name in train:
         (d / "images" / name).write_bytes(b"not an image")
     assert "can't be used" in call_error(*changed(args, out="x", max_bad=1), cwd=d)
+
+
+def test_quotes_are_part_of_a_caption_and_a_byte_order_mark_is_none_of_a_column(tmp_path):
+    file, names = tmp_path / "x.tsv", ["0.png", "1.png", "2.png"]
+    file.write_text('\ufeffpath\tcaption\tlabel\n0.png\t"a cat\t"cat\n1.png\t"dog" it says\tdog\n'
+                    '2.png\tthe 5" model\t5"\n', encoding="utf-8")
+    texts, captions = read_captions(file, names)
+    found = [texts[i] for name in names for i in captions[name]]
+    assert found == ['"a cat', '"dog" it says', 'the 5" model']
+    (tmp_path / "x.tar").touch()
+    assert cifar.read_labels(tmp_path / "x") == dict(zip(names, ['"cat', "dog", '5"']))
 
 
 # ------------------------------------------------------------------------------------------ judge
