@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.clip_training import make_clip_state, train_clip
-from common.files import atomic_write
+from common.files import atomic_write, file_sha256
 from common.images import crop, random_crop, to_tensor
 from common.openai_clip import Clip
 from common.options import check_range, fail, parse_options
@@ -132,7 +132,8 @@ def main():
     texts, captions = read_captions(cfg.captions, source.names)
     train_names, val_names = ([n for n in names if n in captions]
                               for names in split_names(source, cfg.val_percent))
-    run = Run("small_clip", cfg, runtime, {"images": source.sha256}, about={}, code=__file__)
+    inputs = {"images": source.sha256, "caption file": file_sha256(cfg.captions)}
+    run = Run("small_clip", cfg, runtime, inputs, about={}, code=__file__)
     if run.finished:
         return 0
     state = make_clip_state(cfg, cfg.image_size, runtime, cfg.blocks)

@@ -150,6 +150,15 @@ def test_images_that_cannot_be_read_are_passed_over(noise, tmp_path):
     assert "can't be used" in call_error(*changed(args, out="x", max_bad=1), cwd=d)
 
 
+def test_a_small_clip_goes_on_with_its_own_captions_only(noise, tmp_path):
+    d = link_world(noise[0], tmp_path / "w")
+    call_stage(*SMALL, cwd=d)
+    text = (d / "data/captions.tsv").read_text()
+    (d / "data/captions.tsv").unlink()   # it is a link
+    (d / "data/captions.tsv").write_text(text.replace("photo", "portrait"))
+    assert "from another caption file" in call_error(*changed(SMALL, max_steps=3), cwd=d)
+
+
 def test_quotes_are_part_of_a_caption_and_a_byte_order_mark_is_none_of_a_column(tmp_path):
     file, names = tmp_path / "x.tsv", ["0.png", "1.png", "2.png"]
     file.write_text('\ufeffpath\tcaption\tlabel\n0.png\t"a cat\t"cat\n1.png\t"dog" it says\tdog\n'
