@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import atomic_write, file_sha256
+from common.files import file_sha256, save_tensors
 from common.images import crop, to_tensor
 from common.optim import Muon, set_learning_rate
 from common.options import check_range, fail, parse_options
@@ -152,8 +152,7 @@ def get_judge(photos, cfg, runtime):
     except Exception as e:  # damaged files raise many kinds
         runtime.print0(f"{path} can't be read ({type(e).__name__})")
     judge = train_judge(photos, cfg, runtime)
-    with atomic_write(path) as f:
-        torch.save({"judge": judge.state_dict(), "about": about}, f)
+    save_tensors(path, {"judge": judge.state_dict(), "about": about})
     return judge.eval()
 
 

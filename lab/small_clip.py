@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.clip_training import make_clip_state, train_clip
-from common.files import atomic_write, file_sha256
+from common.files import file_sha256, save_tensors
 from common.images import crop, random_crop, to_tensor
 from common.openai_clip import Clip
 from common.options import check_range, fail, parse_options
@@ -155,8 +155,7 @@ def main():
     bad = BadImages(cfg.max_bad, len(train_names), cfg.data)
     batch = partial(make_batch, source, train_names, captions, cfg, bad)
     if not train_clip(state, batch, texts, cfg, run, runtime, judge):
-        with atomic_write(Path(cfg.out, "clip.pt")) as f:
-            torch.save(state.model.state_dict(), f)
+        save_tensors(Path(cfg.out, "clip.pt"), state.model.state_dict())
     return run.finish(f"and {cfg.out}/clip.pt")
 
 

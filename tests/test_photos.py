@@ -159,6 +159,14 @@ def test_a_small_clip_goes_on_with_its_own_captions_only(noise, tmp_path):
     assert "from another caption file" in call_error(*changed(SMALL, max_steps=3), cwd=d)
 
 
+def test_equal_runs_of_the_small_clip_are_equal_files(noise, tmp_path):
+    d = link_world(noise[0], tmp_path / "w")
+    for out in ("a", "b"):
+        call_stage(*changed(SMALL, out=out), cwd=d)
+    assert (d / "a/clip.pt").read_bytes() == (d / "b/clip.pt").read_bytes()
+    assert b"clipgen" not in (d / "a/clip.pt").read_bytes()           # a temporary file's name
+
+
 def test_quotes_are_part_of_a_caption_and_a_byte_order_mark_is_none_of_a_column(tmp_path):
     file, names = tmp_path / "x.tsv", ["0.png", "1.png", "2.png"]
     file.write_text('\ufeffpath\tcaption\tlabel\n0.png\t"a cat\t"cat\n1.png\t"dog" it says\tdog\n'
@@ -180,6 +188,7 @@ def test_judge_learns_and_is_kept_for_the_same_photographs(noise, tmp_path):
     said = call_stage(*args, cwd=tmp_path).stdout
     assert "step 12/12" in said and "names 100.0%" in said and "held-out photographs" in said
     before = (tmp_path / "out/judge.pt").read_bytes()
+    assert b"clipgen" not in before                                   # a temporary file's name
     assert "step" not in call_stage(*args, cwd=tmp_path).stdout
     assert (tmp_path / "out/judge.pt").read_bytes() == before
     rows = (tmp_path / "data/noise.tsv").read_text()
