@@ -163,7 +163,7 @@ def main():
     check(cfg)
     runtime = Runtime(cfg.device, cfg.dtype)
     run = Run("toy", cfg, runtime, inputs={}, about={}, code=__file__)
-    if run.finished:
+    if run.finished and Path(cfg.out, "clip.pt").is_file():
         return 0
     runtime.print0(f"toy: {cfg.train_images} + {cfg.heldout_images} drawings of {cfg.image_size} "
                    f"px in {cfg.data}, then a CLIP of them in {cfg.max_steps} steps of "

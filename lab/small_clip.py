@@ -117,6 +117,10 @@ def check(cfg):
     check_range(cfg, 3, 2 ** 62, "context")
     check_range(cfg, 0.1, 1, "min_zoom")
     check_range(cfg, 0, 1, "max_bad")
+    clip, checkpoint = Path(cfg.out, "clip.pt"), Path(cfg.out, "small_clip.ckpt")
+    if clip.exists() and not checkpoint.exists() and not cfg.fresh:
+        fail(f"{clip} is there without {checkpoint.name}, so something else made it: choose "
+             f"another --out, or --fresh=True to replace it")
     if len(cfg.blocks) != 4 or not min(cfg.blocks):
         fail(f"--blocks={','.join(map(str, cfg.blocks))} makes no sense: four numbers of 1 or more")
     if cfg.image_size % 32 or not cfg.image_size or cfg.text_width % 64 or cfg.vision_width % 2:
@@ -134,7 +138,7 @@ def main():
                               for names in split_names(source, cfg.val_percent))
     inputs = {"images": source.sha256, "caption file": file_sha256(cfg.captions)}
     run = Run("small_clip", cfg, runtime, inputs, about={}, code=__file__)
-    if run.finished:
+    if run.finished and Path(cfg.out, "clip.pt").is_file():
         return 0
     state = make_clip_state(cfg, cfg.image_size, runtime, cfg.blocks)
     if run.resume:

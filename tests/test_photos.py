@@ -167,6 +167,22 @@ def test_equal_runs_of_the_small_clip_are_equal_files(noise, tmp_path):
     assert b"clipgen" not in (d / "a/clip.pt").read_bytes()           # a temporary file's name
 
 
+def test_clip_pt_of_another_is_kept_and_its_own_written_again(noise, tmp_path):
+    d = link_world(noise[0], tmp_path / "w")
+    call_stage(*SMALL, cwd=d)
+    before = (d / "out/small/clip.pt").read_bytes()
+    (d / "out/small/clip.pt").unlink()
+    assert "is finished" in call_stage(*SMALL, cwd=d).stdout
+    assert (d / "out/small/clip.pt").read_bytes() == before
+    (d / "out/small/small_clip.ckpt").rename(d / "out/small/toy.ckpt")
+    (d / "out/small/small_clip.pt").unlink()
+    args = changed(SMALL, seed=1)
+    assert "something else made it" in call_error(*args, cwd=d)
+    assert (d / "out/small/clip.pt").read_bytes() == before
+    call_stage(*args, "--fresh=True", cwd=d)
+    assert (d / "out/small/clip.pt").read_bytes() != before
+
+
 def test_quotes_are_part_of_a_caption_and_a_byte_order_mark_is_none_of_a_column(tmp_path):
     file, names = tmp_path / "x.tsv", ["0.png", "1.png", "2.png"]
     file.write_text('\ufeffpath\tcaption\tlabel\n0.png\t"a cat\t"cat\n1.png\t"dog" it says\tdog\n'
