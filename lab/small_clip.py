@@ -136,6 +136,9 @@ def main():
     texts, captions = read_captions(cfg.captions, source.names)
     train_names, val_names = ([n for n in names if n in captions]
                               for names in split_names(source, cfg.val_percent))
+    if not train_names:
+        fail(f"{cfg.captions} has captions of held-out images only, none is left to train on: "
+             f"caption more, or lower --val_percent")
     inputs = {"images": source.sha256, "caption file": file_sha256(cfg.captions)}
     run = Run("small_clip", cfg, runtime, inputs, about={}, code=__file__)
     if run.finished and Path(cfg.out, "clip.pt").is_file():

@@ -183,6 +183,15 @@ def test_clip_pt_of_another_is_kept_and_its_own_written_again(noise, tmp_path):
     assert (d / "out/small/clip.pt").read_bytes() != before
 
 
+def test_captions_of_held_out_images_alone_end_in_one_line(noise, tmp_path):
+    held_out = split_names(ImageSource(noise[0] / "data/noise.tar"), 10)[1]
+    file = tmp_path / "captions.tsv"
+    file.write_text("path\tcaption\n" + "".join(f"{name}\tnoise\n" for name in held_out))
+    args = changed(SMALL, captions=file, out=tmp_path / "x")
+    assert "of held-out images only" in call_error(*args, cwd=noise[0])
+    assert not (tmp_path / "x").exists()
+
+
 def test_quotes_are_part_of_a_caption_and_a_byte_order_mark_is_none_of_a_column(tmp_path):
     file, names = tmp_path / "x.tsv", ["0.png", "1.png", "2.png"]
     file.write_text('\ufeffpath\tcaption\tlabel\n0.png\t"a cat\t"cat\n1.png\t"dog" it says\tdog\n'
