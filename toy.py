@@ -169,8 +169,6 @@ def main():
                    f"px in {cfg.data}, then a CLIP of them in {cfg.max_steps} steps of "
                    f"{cfg.batch_size}, on {runtime}; writes {cfg.out}/clip.pt")
     draw_world(cfg)
-    if runtime.dtype == torch.float16:
-        runtime.dtype = torch.float32  # small enough to do without, and so without a scaler
 
     state = make_clip_state(cfg, cfg.image_size // 32 * 32, runtime)
     if run.resume:

@@ -12,7 +12,9 @@ from common.optim import Muon, optimizer_step, set_learning_rate
 
 def make_clip_state(cfg, size, runtime, blocks=(1, 1, 1, 1)):
     """A CLIP with a ModifiedResNet of four stages, of so many blocks, for images of `size`. Muon
-    for convolutions and the transformer's matrices, AdamW for the rest."""
+    for convolutions and the transformer's matrices, AdamW for the rest. Not in float16."""
+    if runtime.dtype == torch.float16:
+        runtime.dtype = torch.float32  # small enough to do without, and so without a scaler
     torch.manual_seed(cfg.seed)
     model = clip_package()[0].CLIP(
         cfg.embed_dim, size, blocks, cfg.vision_width, None, cfg.context, 49408,

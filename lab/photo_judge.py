@@ -110,6 +110,8 @@ def augment(images, rng):
 
 
 def train_judge(photos, cfg, runtime):
+    if runtime.dtype == torch.float16:
+        runtime.dtype = torch.float32  # small enough to do without, and so without a scaler
     torch.manual_seed(0)
     judge = PhotoJudge(len(photos.classes)).to(runtime.device, memory_format=torch.channels_last)
     params = list(judge.parameters())

@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 
 import sample
+from common.clip_training import make_clip_state
 from common.dumps import open_dump
 from common.modality import GENERIC
 from common.openai_clip import load_clip
+from common.runtime import Runtime
 from common.sampling import sampling_options
 from common.sources import ImageSource, split_names
-from lab import cifar, photo_judge, photos
+from lab import cifar, photo_judge, photos, small_clip
 from lab.photo_table import Table, distances, diversity
-from lab.small_clip import read_captions
 from tests.helpers import GPT_OPTIONS, ROOT, VQGAN_OPTIONS, one_line_error
 from tests.inprocess import call_error, call_stage, changed, link_world
 
@@ -196,7 +197,7 @@ def test_quotes_are_part_of_a_caption_and_a_byte_order_mark_is_none_of_a_column(
     file, names = tmp_path / "x.tsv", ["0.png", "1.png", "2.png"]
     file.write_text('\ufeffpath\tcaption\tlabel\n0.png\t"a cat\t"cat\n1.png\t"dog" it says\tdog\n'
                     '2.png\tthe 5" model\t5"\n', encoding="utf-8")
-    texts, captions = read_captions(file, names)
+    texts, captions = small_clip.read_captions(file, names)
     found = [texts[i] for name in names for i in captions[name]]
     assert found == ['"a cat', '"dog" it says', 'the 5" model']
     (tmp_path / "x.tar").touch()
@@ -234,6 +235,18 @@ def test_judge_never_learns_from_held_out_photographs(noise, monkeypatch):
     shown = {x.tobytes() for x in np.concatenate(shown)}
     assert shown == {x.tobytes() for x in found.train}
     assert not shown & {x.tobytes() for x in found.heldout}
+
+
+def test_where_no_scaler_is_there_is_no_float16(noise):
+    """The small CLIP (and so the toy's) and the judge are trained in float32 instead."""
+    runtime = Runtime("cpu", "float32")
+    runtime.dtype = torch.float16     # as auto chooses on an old GPU
+    make_clip_state(small_clip.Config(vision_width=8, text_layers=1), 32, runtime)
+    assert runtime.dtype == torch.float32
+    runtime.dtype = torch.float16
+    cfg = photo_judge.Config(max_steps=1, batch_size=4)
+    photo_judge.train_judge(photo_judge.read_photos(f"{noise[0]}/data/noise", 10), cfg, runtime)
+    assert runtime.dtype == torch.float32
 
 
 def test_augmented_photographs_are_shifted_and_mirrored():
