@@ -150,8 +150,9 @@ def zero_shot(clip, images, rows):
 
 def check(cfg):
     """Refuse options that make no sense."""
-    check_range(cfg, 1, 2 ** 62, "train_images", "heldout_images", "vision_width", "text_width",
-                "text_layers", "embed_dim", "max_steps", "save_every")
+    check_range(cfg, 1, 2 ** 62, "train_images", "heldout_images", "vision_width", "text_layers",
+                "embed_dim", "max_steps", "save_every")
+    check_range(cfg, 1, 1024, "text_width")  # of a wider one load_clip knows no number of heads
     if cfg.image_size < 32 or cfg.text_width % 64 or cfg.vision_width % 2 or cfg.batch_size < 2:
         fail("--image_size must be 32 or more, --batch_size 2, --text_width a multiple of 64, "
              "--vision_width of 2")

@@ -111,8 +111,9 @@ def zero_shot(clip, texts, source, names, captions):
 
 def check(cfg):
     """Refuse options that make no sense."""
-    check_range(cfg, 1, 2 ** 62, "vision_width", "text_width", "text_layers", "embed_dim",
-                "max_steps", "save_every")
+    check_range(cfg, 1, 2 ** 62, "vision_width", "text_layers", "embed_dim", "max_steps",
+                "save_every")
+    check_range(cfg, 1, 1024, "text_width")  # of a wider one load_clip knows no number of heads
     check_range(cfg, 2, 2 ** 62, "batch_size")
     check_range(cfg, 3, 2 ** 62, "context")
     check_range(cfg, 0.1, 1, "min_zoom")

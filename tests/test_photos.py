@@ -368,6 +368,8 @@ def test_archive_becomes_tar_classes_and_captions(tmp_path, monkeypatch, capsys)
     ("lab.cifar", "python -m lab.cifar --archive=FILE"),
     ("lab.photo_judge", "python -m lab.cifar --archive=FILE"),
     ("lab.small_clip --blocks=1,1", "--blocks=1,1"), ("lab.small_clip --blocks=1,1,0,1", "four"),
+    ("lab.small_clip --text_width=1088", "from 1 to 1024"),
+    ("toy.py --text_width=1088", "from 1 to 1024"),
     ("lab.photos", "python -m lab.cifar --archive=FILE"),
     ("lab.photos --n=6 --best_of=4", "does not divide"), ("lab.photos --best_of=0", "--best_of=0"),
     ("lab.photos --guidance=1,much", "--guidance=1,much"),
