@@ -350,7 +350,9 @@ def test_archive_becomes_tar_classes_and_captions(tmp_path, monkeypatch, capsys)
     assert "MD5 differs" in call_error(*args, cwd=tmp_path)
     with open(tmp_path / "archive.tar.gz", "rb") as f:
         monkeypatch.setattr(cifar, "MD5", cifar.hashlib.file_digest(f, "md5").hexdigest())
+    (tmp_path / "c.clipgen-99999999.tar").touch()          # of a call that was stopped
     call_stage(*args, cwd=tmp_path)
+    assert not list(tmp_path.glob("*clipgen*"))
     found = photo_judge.read_photos(str(tmp_path / "c"), 30)
     images = np.concatenate([found.train, found.heldout])
     labels = np.concatenate([found.train_labels, found.heldout_labels])
@@ -404,6 +406,9 @@ def test_a_photograph_without_a_class_is_left_out(tmp_path):
     (tmp_path / "x.tar").touch()
     (tmp_path / "x.tsv").write_text("path\tlabel\n0.png\tcat\n1.png\t\n2.png\n")
     assert cifar.read_labels(tmp_path / "x") == {"0.png": "cat"}
+    (tmp_path / "x.tsv").write_text("path\tlabel\n")
+    assert "no class" in call_error("lab.cifar", "--data=x", *CAPTIONS, cwd=tmp_path)
+    assert not (tmp_path / "data").exists()
 
 
 def test_too_few_held_out_photographs_end_in_one_line(tmp_path):
