@@ -140,9 +140,11 @@ def train_judge(photos, cfg, runtime):
 
 
 def get_judge(photos, cfg, runtime):
-    """The judge of these photographs: out/judge.pt if it was trained on them, else a new one."""
+    """The judge of these photographs: out/judge.pt if it was trained on them by these options, else
+    a new one."""
     path, judge = Path(cfg.out, "judge.pt"), PhotoJudge(len(photos.classes)).to(runtime.device)
-    about = {"photos": photos.sha256, "val_percent": cfg.val_percent, "max_steps": cfg.max_steps}
+    options = ("val_percent", "max_steps", "batch_size", "learning_rate", "warmup")
+    about = {"photos": photos.sha256} | {name: getattr(cfg, name) for name in options}
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["about"] == about:

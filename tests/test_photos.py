@@ -217,6 +217,8 @@ def test_judge_learns_and_is_kept_for_the_same_photographs(noise, tmp_path):
     assert b"clipgen" not in before                                   # a temporary file's name
     assert "step" not in call_stage(*args, cwd=tmp_path).stdout
     assert (tmp_path / "out/judge.pt").read_bytes() == before
+    for change in ({"batch_size": 16}, {"learning_rate": 0.02}, {"warmup": 3}):
+        assert "step 12/12" in call_stage(*changed(args, **change), cwd=tmp_path).stdout
     rows = (tmp_path / "data/noise.tsv").read_text()
     (tmp_path / "data/noise.tsv").write_text(rows.replace("sea", "lake"))
     said = call_stage(*args, cwd=tmp_path).stdout
@@ -308,7 +310,7 @@ def test_prompts_of_the_table_are_no_captions():
 
 def test_table_of_photographs_end_to_end(noise):
     d, _ = noise
-    call_stage(*JUDGE, "--out=out/table", cwd=d)
+    call_stage(*JUDGE[:4], "--out=out/table", cwd=d)     # by the default options, as in lab.photos
     args = ["lab.photos", "--data=data/noise", "--models=out/noise", "--out=out/table", "--n=4",
             "--best_of=2", "--guidance=1,3", "--variety=0.5", "--judge_steps=12", "--optimise=2",
             "--captioned=out/noise/captioned/gpt.pt", "--captioned_guidance=2", "--val_percent=10"]
