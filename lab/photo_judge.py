@@ -53,7 +53,7 @@ class Photos:
 def read_photos(data, val_percent=2.0):
     """data.tar and data.tsv, in the splits that the stages make."""
     labels, source = read_labels(data), ImageSource(f"{data}.tar")
-    classes, arrays = sorted(set(labels.values())), []
+    classes, arrays = sorted({labels[name] for name in source.names if name in labels}), []
     for names in split_names(source, val_percent):
         names = [name for name in names if name in labels]
         if not names:

@@ -239,6 +239,13 @@ def test_judge_never_learns_from_held_out_photographs(noise, monkeypatch):
     assert not shown & {x.tobytes() for x in found.heldout}
 
 
+def test_classes_are_those_of_the_photographs_that_are_there(tmp_path):
+    write_photos(tmp_path)
+    with open(tmp_path / "noise.tsv", "a") as f:
+        f.write("elsewhere.png\tmountain\n")
+    assert photo_judge.read_photos(tmp_path / "noise", 10).classes == ["apple", "sea"]
+
+
 def test_where_no_scaler_is_there_is_no_float16(noise):
     """The small CLIP (and so the toy's) and the judge are trained in float32 instead."""
     runtime = Runtime("cpu", "float32")
