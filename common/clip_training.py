@@ -39,7 +39,10 @@ def train_clip(state, batch, texts, cfg, run, runtime, judge):
     """Train on batch(step) -> (images uint8 (B, S, S, 3), indices (B,) of their captions in
     `texts`). judge(model) gives the metrics after the last step. Returns whether it was stopped."""
     clip = Clip(state.model, "being trained", runtime.device)
-    tokens = clip.tokenize(texts)[0]                                # (distinct captions, context)
+    tokens, cut = clip.tokenize(texts)                              # (distinct captions, context)
+    if cut:
+        runtime.print0(f"warning: {len(cut)} of {len(texts)} captions are longer than the "
+                       f"{clip.context} tokens of --context; the rest of them is cut off")
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
     for step in range(run.step, cfg.max_steps):
         images, index = batch(step)

@@ -193,6 +193,14 @@ def test_captions_of_held_out_images_alone_end_in_one_line(noise, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_captions_that_are_cut_are_counted(noise, tmp_path):
+    """Of the 24, "an apple", "the sea", "one sea" and such are 4 tokens long, with two marks."""
+    d, said = noise
+    assert "cut off" not in said
+    said = call_stage(*changed(SMALL, context=4, out=tmp_path / "x"), cwd=d).stdout
+    assert "18 of 24 captions are longer than the 4 tokens of --context" in said
+
+
 def test_quotes_are_part_of_a_caption_and_a_byte_order_mark_is_none_of_a_column(tmp_path):
     file, names = tmp_path / "x.tsv", ["0.png", "1.png", "2.png"]
     file.write_text('\ufeffpath\tcaption\tlabel\n0.png\t"a cat\t"cat\n1.png\t"dog" it says\tdog\n'
