@@ -325,9 +325,9 @@ def test_prompts_of_the_table_are_no_captions():
 
 def test_table_of_photographs_end_to_end(noise):
     d, _ = noise
-    call_stage(*JUDGE[:4], "--out=out/table", cwd=d)     # by the default options, as in lab.photos
+    call_stage(*JUDGE[:3], "--max_steps=20", "--out=out/table", cwd=d)   # else by default options
     args = ["lab.photos", "--data=data/noise", "--models=out/noise", "--out=out/table", "--n=4",
-            "--best_of=2", "--guidance=1,3", "--variety=0.5", "--judge_steps=12", "--optimise=2",
+            "--best_of=2", "--guidance=1,3", "--variety=0.5", "--judge_steps=20", "--optimise=2",
             "--captioned=out/noise/captioned/gpt.pt", "--captioned_guidance=2", "--val_percent=10"]
     said = call_stage(*args, cwd=d).stdout
     assert "step" not in said
