@@ -225,8 +225,9 @@ def test_judge_learns_and_is_kept_for_the_same_photographs(noise, tmp_path):
     assert b"clipgen" not in before                                   # a temporary file's name
     assert "step" not in call_stage(*args, cwd=tmp_path).stdout
     assert (tmp_path / "out/judge.pt").read_bytes() == before
-    for change in ({"batch_size": 16}, {"learning_rate": 0.02}, {"warmup": 3}):
-        assert "step 12/12" in call_stage(*changed(args, **change), cwd=tmp_path).stdout
+    for option, value in (("batch_size", 16), ("learning_rate", 0.02), ("warmup", 3)):
+        args = changed(args, **{option: value})
+        assert "step 12/12" in call_stage(*args, cwd=tmp_path).stdout
     rows = (tmp_path / "data/noise.tsv").read_text()
     (tmp_path / "data/noise.tsv").write_text(rows.replace("sea", "lake"))
     said = call_stage(*args, cwd=tmp_path).stdout
