@@ -150,8 +150,9 @@ def zero_shot(clip, images, rows):
 
 def check(cfg):
     """Refuse options that make no sense."""
-    check_range(cfg, 1, 2 ** 62, "train_images", "heldout_images", "vision_width", "text_width",
-                "text_layers", "embed_dim", "max_steps", "save_every")
+    check_range(cfg, 1, 2 ** 62, "train_images", "heldout_images", "vision_width", "text_layers",
+                "embed_dim", "max_steps", "save_every")
+    check_range(cfg, 1, 1024, "text_width")  # of a wider one load_clip knows no number of heads
     if cfg.image_size < 32 or cfg.text_width % 64 or cfg.vision_width % 2 or cfg.batch_size < 2:
         fail("--image_size must be 32 or more, --batch_size 2, --text_width a multiple of 64, "
              "--vision_width of 2")
@@ -163,14 +164,12 @@ def main():
     check(cfg)
     runtime = Runtime(cfg.device, cfg.dtype)
     run = Run("toy", cfg, runtime, inputs={}, about={}, code=__file__)
-    if run.finished:
+    if run.finished and Path(cfg.out, "clip.pt").is_file():
         return 0
     runtime.print0(f"toy: {cfg.train_images} + {cfg.heldout_images} drawings of {cfg.image_size} "
                    f"px in {cfg.data}, then a CLIP of them in {cfg.max_steps} steps of "
                    f"{cfg.batch_size}, on {runtime}; writes {cfg.out}/clip.pt")
     draw_world(cfg)
-    if runtime.dtype == torch.float16:
-        runtime.dtype = torch.float32  # small enough to do without, and so without a scaler
 
     state = make_clip_state(cfg, cfg.image_size // 32 * 32, runtime)
     if run.resume:

@@ -129,10 +129,10 @@ def tidy(path):
     return short if os.path.realpath(short) == os.path.realpath(path) else str(path)
 
 
-def load_named(load, folder, named, sha256, owner, option="--vqgan", given=""):
+def load_named(load, folder, named, sha256, owner, option="", given=""):
     """load(file) of the network that `owner`, a file in `folder`, was made with: a file of that
     name beside it, else the one at the stored path, whichever has the right hash. A file that the
-    user has `given` must be that one."""
+    user has `given`, by `option`, must be that one."""
     if given:
         network = load(given)
         if sha256 is not None and network.sha256 != sha256:
@@ -148,8 +148,9 @@ def load_named(load, folder, named, sha256, owner, option="--vqgan", given=""):
         if sha256 is None or network.sha256 == sha256:
             return network
     state = "another one is" if found else "nothing is"
+    hint = f", or name it with {option}=FILE" if option else ""
     fail(f"{owner} needs the {Path(named).name} that it was made with; {state} at {places[0]} or "
-         f"{tidy(places[1])}: put that one back, or name it with {option}=FILE")
+         f"{tidy(places[1])}: put that one back{hint}")
 
 
 def newest(stage):

@@ -12,7 +12,9 @@ from common.optim import Muon, optimizer_step, set_learning_rate
 
 def make_clip_state(cfg, size, runtime, blocks=(1, 1, 1, 1)):
     """A CLIP with a ModifiedResNet of four stages, of so many blocks, for images of `size`. Muon
-    for convolutions and the transformer's matrices, AdamW for the rest."""
+    for convolutions and the transformer's matrices, AdamW for the rest. Not in float16."""
+    if runtime.dtype == torch.float16:
+        runtime.dtype = torch.float32  # small enough to do without, and so without a scaler
     torch.manual_seed(cfg.seed)
     model = clip_package()[0].CLIP(
         cfg.embed_dim, size, blocks, cfg.vision_width, None, cfg.context, 49408,
@@ -37,7 +39,10 @@ def train_clip(state, batch, texts, cfg, run, runtime, judge):
     """Train on batch(step) -> (images uint8 (B, S, S, 3), indices (B,) of their captions in
     `texts`). judge(model) gives the metrics after the last step. Returns whether it was stopped."""
     clip = Clip(state.model, "being trained", runtime.device)
-    tokens = clip.tokenize(texts)[0]                                # (distinct captions, context)
+    tokens, cut = clip.tokenize(texts)                              # (distinct captions, context)
+    if cut:
+        runtime.print0(f"warning: {len(cut)} of {len(texts)} captions are longer than the "
+                       f"{clip.context} tokens of --context; the rest of them is cut off")
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
     for step in range(run.step, cfg.max_steps):
         images, index = batch(step)

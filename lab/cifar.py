@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.files import atomic_write
+from common.files import atomic_write, remove_stale
 from common.options import fail, parse_options
 from common.process import run_main
 
@@ -38,6 +38,7 @@ def write_tar(archive, data):
     with open(archive, "rb") as f:
         if hashlib.file_digest(f, "md5").hexdigest() != MD5:
             fail(f"{archive} is not cifar-10-binary.tar.gz as published (its MD5 differs)")
+    remove_stale(Path(data).parent)                          # of a call that was stopped
     records = []
     with tarfile.open(archive) as tar:
         for number in range(1, 6):
@@ -54,7 +55,7 @@ def write_tar(archive, data):
             tar.addfile(info, content)
     with atomic_write(f"{data}.tsv") as f:
         rows = [f"{i:05d}.png\t{CLASSES[record[0]]}\n" for i, record in enumerate(records)]
-        f.write_text("path\tlabel\n" + "".join(rows))
+        f.write_text("path\tlabel\n" + "".join(rows), encoding="utf-8")
 
 
 def read_labels(data):
@@ -64,11 +65,15 @@ def read_labels(data):
              f"https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz: "
              f"python -m lab.cifar --archive=FILE")
     try:
-        with open(f"{data}.tsv", newline="", encoding="utf-8") as f:
-            rows = [(r["path"], r["label"]) for r in csv.DictReader(f, delimiter="\t")]
-            return {path: label for path, label in rows if label}
+        with open(f"{data}.tsv", newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
+            rows = [(r["path"], r["label"]) for r in reader]
+            labels = {path: label for path, label in rows if label}
     except (OSError, KeyError, UnicodeError, csv.Error) as e:
         fail(f"{data}.tsv can't be read: columns path and label, a tab between ({e})")
+    if not labels:
+        fail(f"{data}.tsv has no class of any photograph: columns path and label, a tab between")
+    return labels
 
 
 def caption(wording, label):
@@ -85,7 +90,7 @@ def main():
     with atomic_write(cfg.captions) as f:
         rows = [f"{path}\t{caption(wording, label)}\n" for path, label in labels.items()
                 for wording in WORDINGS]
-        f.write_text("path\tcaption\n" + "".join(rows))
+        f.write_text("path\tcaption\n" + "".join(rows), encoding="utf-8")
     print(f"wrote {cfg.captions}: {len(rows)} captions of {len(labels)} images")
     return 0
 

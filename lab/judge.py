@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.checkpoints import load_gpt, load_named, load_vqgan
-from common.files import atomic_write
+from common.files import save_tensors
 from common.images import resize, to_tensor
 from common.openai_clip import load_clip
 from common.optim import learning_rate
@@ -78,8 +78,7 @@ def get_judge(data, out, images, rows, runtime, steps=300):
             runtime.print0(f"{path} can't be read ({type(e).__name__})")
     runtime.print0(f"training the judge on the true drawings of {data}, {steps} steps")
     judge = train_judge(steps, images, rows, runtime)
-    with atomic_write(path) as f:
-        torch.save({"judge": judge.state_dict()} | about, f)
+    save_tensors(path, {"judge": judge.state_dict()} | about)
     return judge.eval()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.files import atomic_write, file_sha256
+from common.files import file_sha256, save_tensors
 from common.images import crop, to_tensor
 from common.optim import Muon, set_learning_rate
 from common.options import check_range, fail, parse_options
@@ -53,7 +53,7 @@ class Photos:
 def read_photos(data, val_percent=2.0):
     """data.tar and data.tsv, in the splits that the stages make."""
     labels, source = read_labels(data), ImageSource(f"{data}.tar")
-    classes, arrays = sorted(set(labels.values())), []
+    classes, arrays = sorted({labels[name] for name in source.names if name in labels}), []
     for names in split_names(source, val_percent):
         names = [name for name in names if name in labels]
         if not names:
@@ -110,6 +110,8 @@ def augment(images, rng):
 
 
 def train_judge(photos, cfg, runtime):
+    if runtime.dtype == torch.float16:
+        runtime.dtype = torch.float32  # small enough to do without, and so without a scaler
     torch.manual_seed(0)
     judge = PhotoJudge(len(photos.classes)).to(runtime.device, memory_format=torch.channels_last)
     params = list(judge.parameters())
@@ -138,9 +140,11 @@ def train_judge(photos, cfg, runtime):
 
 
 def get_judge(photos, cfg, runtime):
-    """The judge of these photographs: out/judge.pt if it was trained on them, else a new one."""
+    """The judge of these photographs: out/judge.pt if it was trained on them by these options, else
+    a new one."""
     path, judge = Path(cfg.out, "judge.pt"), PhotoJudge(len(photos.classes)).to(runtime.device)
-    about = {"photos": photos.sha256, "val_percent": cfg.val_percent, "max_steps": cfg.max_steps}
+    options = ("val_percent", "max_steps", "batch_size", "learning_rate", "warmup")
+    about = {"photos": photos.sha256} | {name: getattr(cfg, name) for name in options}
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["about"] == about:
@@ -152,8 +156,7 @@ def get_judge(photos, cfg, runtime):
     except Exception as e:  # damaged files raise many kinds
         runtime.print0(f"{path} can't be read ({type(e).__name__})")
     judge = train_judge(photos, cfg, runtime)
-    with atomic_write(path) as f:
-        torch.save({"judge": judge.state_dict(), "about": about}, f)
+    save_tensors(path, {"judge": judge.state_dict(), "about": about})
     return judge.eval()
 
 

@@ -1,9 +1,9 @@
 """A CLIP for whoever has none: trains a small one, of OpenAI's form, on captioned images.
 
     python -m lab.small_clip --data=images --captions=captions.tsv --out=out/small_clip
-captions.tsv has a header line and the columns path and caption, divided by a tab; an image may have
-several lines. Like OpenAI's, this CLIP reads captions; VQGAN and GPT never do. Every stage takes
-the result by --clip=out/small_clip/clip.pt."""
+captions.tsv has a header line and the columns path and caption, divided by a tab, nothing quoted;
+an image may have several lines. Like OpenAI's, this CLIP reads captions; VQGAN and GPT never do.
+Every stage takes the result by --clip=out/small_clip/clip.pt."""
 import csv
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from common.clip_training import make_clip_state, train_clip
-from common.files import atomic_write
+from common.files import file_sha256, save_tensors
 from common.images import crop, random_crop, to_tensor
 from common.openai_clip import Clip
 from common.options import check_range, fail, parse_options
 from common.process import run_main
 from common.runs import Run
 from common.runtime import Runtime, format_size
-from common.sources import ImageSource, split_names
+from common.sources import BadImages, ImageSource, split_names
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Config:
     fresh: bool = False                         # replace the run that is in --out
     seed: int = 0                               # of the weights and of every batch
     val_percent: float = 2.0                    # of the images that accuracy is measured on
+    max_bad: float = 0.5                        # stop if more of the images than this can't be read
     # network
     image_size: int = 32                        # pixels a side, a multiple of 32
     blocks: tuple = (1, 1, 1, 1)                # of the ModifiedResNet's four stages
@@ -55,8 +56,9 @@ def read_captions(path, names):
     """captions.tsv -> (distinct captions, {name: indices of its captions}) of the images `names`.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as f:
-            rows = [(r["path"], r["caption"]) for r in csv.DictReader(f, delimiter="\t")]
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
+            rows = [(r["path"], r["caption"]) for r in reader]
     except (OSError, KeyError, UnicodeError, csv.Error) as e:
         fail(f"{path} can't be read as captions: columns path and caption, a tab between ({e})")
     wanted = set(names)
@@ -71,36 +73,55 @@ def read_captions(path, names):
     return texts, captions
 
 
-def make_batch(source, names, captions, cfg, step):
+def read_image(source, name, bad):
+    """An image; None, and a note of it in `bad`, if it can't be read."""
+    try:
+        return source.open(name)
+    except (OSError, ValueError) as e:
+        bad.add({name: str(e)}, stop=len({*bad.reasons, name}) == bad.total)
+
+
+def make_batch(source, names, captions, cfg, bad, step):
     """Random crops, uint8 (B, S, S, 3), each with the number (B,) of one of its image's captions: a
-    function of (seed, step)."""
+    function of (seed, step). An image that can't be read is replaced by another."""
     rng = np.random.default_rng((cfg.seed, 1, step))
     images, index = [], []
     for i in rng.integers(len(names), size=cfg.batch_size):
-        images.append(random_crop(source.open(names[i]), cfg.image_size, rng.random(4),
-                                  cfg.min_zoom, flip=True))
+        while (image := read_image(source, names[i], bad)) is None:
+            i = rng.integers(len(names))
+        images.append(random_crop(image, cfg.image_size, rng.random(4), cfg.min_zoom, flip=True))
         index.append(rng.choice(captions[names[i]]))
     return np.stack(images), np.array(index)
 
 
 @torch.no_grad()
 def zero_shot(clip, texts, source, names, captions):
-    """Share of images whose nearest caption, among all, is one of their own."""
+    """For each image that can be read: is its nearest caption, among all, one of its own?"""
     embeds = clip.encode_text(texts)                                         # (texts, D)
     hits = []
     for name in names:
-        pixels = to_tensor(crop(source.open(name), clip.size))[None].to(clip.device)
+        try:
+            image = source.open(name)
+        except (OSError, ValueError):
+            continue
+        pixels = to_tensor(crop(image, clip.size))[None].to(clip.device)         # (1, 3, C, C)
         hits.append((clip.encode_image(pixels) @ embeds.T).argmax().item() in captions[name])
-    return float(np.mean(hits)) if hits else float("nan")
+    return hits
 
 
 def check(cfg):
     """Refuse options that make no sense."""
-    check_range(cfg, 1, 2 ** 62, "vision_width", "text_width", "text_layers", "embed_dim",
-                "max_steps", "save_every")
+    check_range(cfg, 1, 2 ** 62, "vision_width", "text_layers", "embed_dim", "max_steps",
+                "save_every")
+    check_range(cfg, 1, 1024, "text_width")  # of a wider one load_clip knows no number of heads
     check_range(cfg, 2, 2 ** 62, "batch_size")
     check_range(cfg, 3, 2 ** 62, "context")
     check_range(cfg, 0.1, 1, "min_zoom")
+    check_range(cfg, 0, 1, "max_bad")
+    clip, checkpoint = Path(cfg.out, "clip.pt"), Path(cfg.out, "small_clip.ckpt")
+    if clip.exists() and not checkpoint.exists() and not cfg.fresh:
+        fail(f"{clip} is there without {checkpoint.name}, so something else made it: choose "
+             f"another --out, or --fresh=True to replace it")
     if len(cfg.blocks) != 4 or not min(cfg.blocks):
         fail(f"--blocks={','.join(map(str, cfg.blocks))} makes no sense: four numbers of 1 or more")
     if cfg.image_size % 32 or not cfg.image_size or cfg.text_width % 64 or cfg.vision_width % 2:
@@ -116,8 +137,12 @@ def main():
     texts, captions = read_captions(cfg.captions, source.names)
     train_names, val_names = ([n for n in names if n in captions]
                               for names in split_names(source, cfg.val_percent))
-    run = Run("small_clip", cfg, runtime, {"images": source.sha256}, about={}, code=__file__)
-    if run.finished:
+    if not train_names:
+        fail(f"{cfg.captions} has captions of held-out images only, none is left to train on: "
+             f"caption more, or lower --val_percent")
+    inputs = {"images": source.sha256, "caption file": file_sha256(cfg.captions)}
+    run = Run("small_clip", cfg, runtime, inputs, about={}, code=__file__)
+    if run.finished and Path(cfg.out, "clip.pt").is_file():
         return 0
     state = make_clip_state(cfg, cfg.image_size, runtime, cfg.blocks)
     if run.resume:
@@ -129,15 +154,16 @@ def main():
 
     def judge(model):
         clip = Clip(model.eval(), "small", runtime.device)
-        accuracy = zero_shot(clip, texts, source, val_names[:1000], captions)
-        runtime.print0(f"names {accuracy:.1%} of {len(val_names[:1000])} held-out images: of all "
+        hits = zero_shot(clip, texts, source, val_names[:1000], captions)
+        accuracy = float(np.mean(hits)) if hits else float("nan")
+        runtime.print0(f"names {accuracy:.1%} of {len(hits)} held-out images: of all "
                        f"captions the nearest is one of theirs")
         return {"zero_shot": accuracy}
 
-    batch = partial(make_batch, source, train_names, captions, cfg)
+    bad = BadImages(cfg.max_bad, len(train_names), cfg.data)
+    batch = partial(make_batch, source, train_names, captions, cfg, bad)
     if not train_clip(state, batch, texts, cfg, run, runtime, judge):
-        with atomic_write(Path(cfg.out, "clip.pt")) as f:
-            torch.save(state.model.state_dict(), f)
+        save_tensors(Path(cfg.out, "clip.pt"), state.model.state_dict())
     return run.finish(f"and {cfg.out}/clip.pt")
 
 

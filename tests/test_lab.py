@@ -291,6 +291,7 @@ def test_a_judge_of_another_form_is_not_taken(drawings, tmp_path, capsys):
         get_judge(tmp_path, tmp_path, images, facts, Runtime("cpu", "float32", training=False), 1)
         return "training the judge" in capsys.readouterr().out
     assert trains() and not trains()
+    assert b"clipgen" not in (tmp_path / "judge.pt").read_bytes()   # a temporary file's name
     saved = load_raw(tmp_path / "judge.pt")
     for other in (saved | {"layers": "Judge()"}, {k: saved[k] for k in ("judge", "world", "steps")},
                   saved | {"world": "another"}):

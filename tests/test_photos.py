@@ -12,15 +12,17 @@ import torch
 from PIL import Image
 
 import sample
+from common.clip_training import make_clip_state
 from common.dumps import open_dump
 from common.modality import GENERIC
 from common.openai_clip import load_clip
+from common.runtime import Runtime
 from common.sampling import sampling_options
 from common.sources import ImageSource, split_names
-from lab import cifar, photo_judge, photos
+from lab import cifar, photo_judge, photos, small_clip
 from lab.photo_table import Table, distances, diversity
 from tests.helpers import GPT_OPTIONS, ROOT, VQGAN_OPTIONS, one_line_error
-from tests.inprocess import call_error, call_stage, changed
+from tests.inprocess import call_error, call_stage, changed, link_world
 
 CIFAR = ROOT.parent / "shared/data/cifar10-50k"
 needs_cifar = pytest.mark.skipif(not CIFAR.with_suffix(".tar").is_file(),
@@ -127,6 +129,89 @@ def test_captioned_control_is_given_captions_of_the_same_photographs(noise):
     assert len(used) > 6 and meta["image_mean"] == meta["text_mean"]
 
 
+SMALL = ["lab.small_clip", DATA, *CAPTIONS, "--out=out/small", "--max_steps=2", "--batch_size=32",
+         "--val_percent=10", "--vision_width=8", "--embed_dim=32", "--text_layers=1"]
+
+
+def test_images_that_cannot_be_read_are_passed_over(noise, tmp_path):
+    """Of those to train on another is drawn, of the held-out ones there is one less."""
+    d = link_world(noise[0], tmp_path / "w")
+    with tarfile.open(d / "data/noise.tar") as tar:
+        tar.extractall(d / "images", filter="data")
+    train, held_out = split_names(ImageSource(d / "images"), 10)
+    for name in train[::4] + held_out[:1]:
+        (d / "images" / name).write_bytes(b"not an image")
+    args = changed(SMALL, data="images")
+    said = call_stage(*args, cwd=d).stdout
+    assert "skipped " in said and f"of {len(held_out) - 1} held-out images" in said
+    assert load_clip(d / "out/small/clip.pt").size == 32
+    assert "(--max_bad=0.01)" in call_error(*changed(args, out="x", max_bad=0.01), cwd=d)
+    for name in train:
+        (d / "images" / name).write_bytes(b"not an image")
+    assert "can't be used" in call_error(*changed(args, out="x", max_bad=1), cwd=d)
+
+
+def test_a_small_clip_goes_on_with_its_own_captions_only(noise, tmp_path):
+    d = link_world(noise[0], tmp_path / "w")
+    call_stage(*SMALL, cwd=d)
+    text = (d / "data/captions.tsv").read_text()
+    (d / "data/captions.tsv").unlink()   # it is a link
+    (d / "data/captions.tsv").write_text(text.replace("photo", "portrait"))
+    assert "from another caption file" in call_error(*changed(SMALL, max_steps=3), cwd=d)
+
+
+def test_equal_runs_of_the_small_clip_are_equal_files(noise, tmp_path):
+    d = link_world(noise[0], tmp_path / "w")
+    for out in ("a", "b"):
+        call_stage(*changed(SMALL, out=out), cwd=d)
+    assert (d / "a/clip.pt").read_bytes() == (d / "b/clip.pt").read_bytes()
+    assert b"clipgen" not in (d / "a/clip.pt").read_bytes()           # a temporary file's name
+
+
+def test_clip_pt_of_another_is_kept_and_its_own_written_again(noise, tmp_path):
+    d = link_world(noise[0], tmp_path / "w")
+    call_stage(*SMALL, cwd=d)
+    before = (d / "out/small/clip.pt").read_bytes()
+    (d / "out/small/clip.pt").unlink()
+    assert "is finished" in call_stage(*SMALL, cwd=d).stdout
+    assert (d / "out/small/clip.pt").read_bytes() == before
+    (d / "out/small/small_clip.ckpt").rename(d / "out/small/toy.ckpt")
+    (d / "out/small/small_clip.pt").unlink()
+    args = changed(SMALL, seed=1)
+    assert "something else made it" in call_error(*args, cwd=d)
+    assert (d / "out/small/clip.pt").read_bytes() == before
+    call_stage(*args, "--fresh=True", cwd=d)
+    assert (d / "out/small/clip.pt").read_bytes() != before
+
+
+def test_captions_of_held_out_images_alone_end_in_one_line(noise, tmp_path):
+    held_out = split_names(ImageSource(noise[0] / "data/noise.tar"), 10)[1]
+    file = tmp_path / "captions.tsv"
+    file.write_text("path\tcaption\n" + "".join(f"{name}\tnoise\n" for name in held_out))
+    args = changed(SMALL, captions=file, out=tmp_path / "x")
+    assert "of held-out images only" in call_error(*args, cwd=noise[0])
+    assert not (tmp_path / "x").exists()
+
+
+def test_captions_that_are_cut_are_counted(noise, tmp_path):
+    """Of the 24, "an apple", "the sea", "one sea" and such are 4 tokens long, with two marks."""
+    d, said = noise
+    assert "cut off" not in said
+    said = call_stage(*changed(SMALL, context=4, out=tmp_path / "x"), cwd=d).stdout
+    assert "18 of 24 captions are longer than the 4 tokens of --context" in said
+
+
+def test_quotes_are_part_of_a_caption_and_a_byte_order_mark_is_none_of_a_column(tmp_path):
+    file, names = tmp_path / "x.tsv", ["0.png", "1.png", "2.png"]
+    file.write_text('\ufeffpath\tcaption\tlabel\n0.png\t"a cat\t"cat\n1.png\t"dog" it says\tdog\n'
+                    '2.png\tthe 5" model\t5"\n', encoding="utf-8")
+    texts, captions = small_clip.read_captions(file, names)
+    found = [texts[i] for name in names for i in captions[name]]
+    assert found == ['"a cat', '"dog" it says', 'the 5" model']
+    (tmp_path / "x.tar").touch()
+    assert cifar.read_labels(tmp_path / "x") == dict(zip(names, ['"cat', "dog", '5"']))
+
+
 # ------------------------------------------------------------------------------------------ judge
 
 
@@ -137,8 +222,12 @@ def test_judge_learns_and_is_kept_for_the_same_photographs(noise, tmp_path):
     said = call_stage(*args, cwd=tmp_path).stdout
     assert "step 12/12" in said and "names 100.0%" in said and "held-out photographs" in said
     before = (tmp_path / "out/judge.pt").read_bytes()
+    assert b"clipgen" not in before                                   # a temporary file's name
     assert "step" not in call_stage(*args, cwd=tmp_path).stdout
     assert (tmp_path / "out/judge.pt").read_bytes() == before
+    for option, value in (("batch_size", 16), ("learning_rate", 0.02), ("warmup", 3)):
+        args = changed(args, **{option: value})
+        assert "step 12/12" in call_stage(*args, cwd=tmp_path).stdout
     rows = (tmp_path / "data/noise.tsv").read_text()
     (tmp_path / "data/noise.tsv").write_text(rows.replace("sea", "lake"))
     said = call_stage(*args, cwd=tmp_path).stdout
@@ -157,6 +246,25 @@ def test_judge_never_learns_from_held_out_photographs(noise, monkeypatch):
     shown = {x.tobytes() for x in np.concatenate(shown)}
     assert shown == {x.tobytes() for x in found.train}
     assert not shown & {x.tobytes() for x in found.heldout}
+
+
+def test_classes_are_those_of_the_photographs_that_are_there(tmp_path):
+    write_photos(tmp_path)
+    with open(tmp_path / "noise.tsv", "a") as f:
+        f.write("elsewhere.png\tmountain\n")
+    assert photo_judge.read_photos(tmp_path / "noise", 10).classes == ["apple", "sea"]
+
+
+def test_where_no_scaler_is_there_is_no_float16(noise):
+    """The small CLIP (and so the toy's) and the judge are trained in float32 instead."""
+    runtime = Runtime("cpu", "float32")
+    runtime.dtype = torch.float16     # as auto chooses on an old GPU
+    make_clip_state(small_clip.Config(vision_width=8, text_layers=1), 32, runtime)
+    assert runtime.dtype == torch.float32
+    runtime.dtype = torch.float16
+    cfg = photo_judge.Config(max_steps=1, batch_size=4)
+    photo_judge.train_judge(photo_judge.read_photos(f"{noise[0]}/data/noise", 10), cfg, runtime)
+    assert runtime.dtype == torch.float32
 
 
 def test_augmented_photographs_are_shifted_and_mirrored():
@@ -218,9 +326,9 @@ def test_prompts_of_the_table_are_no_captions():
 
 def test_table_of_photographs_end_to_end(noise):
     d, _ = noise
-    call_stage(*JUDGE, "--out=out/table", cwd=d)
+    call_stage(*JUDGE[:3], "--max_steps=20", "--out=out/table", cwd=d)   # else by default options
     args = ["lab.photos", "--data=data/noise", "--models=out/noise", "--out=out/table", "--n=4",
-            "--best_of=2", "--guidance=1,3", "--variety=0.5", "--judge_steps=12", "--optimise=2",
+            "--best_of=2", "--guidance=1,3", "--variety=0.5", "--judge_steps=20", "--optimise=2",
             "--captioned=out/noise/captioned/gpt.pt", "--captioned_guidance=2", "--val_percent=10"]
     said = call_stage(*args, cwd=d).stdout
     assert "step" not in said
@@ -282,7 +390,9 @@ def test_archive_becomes_tar_classes_and_captions(tmp_path, monkeypatch, capsys)
     assert "MD5 differs" in call_error(*args, cwd=tmp_path)
     with open(tmp_path / "archive.tar.gz", "rb") as f:
         monkeypatch.setattr(cifar, "MD5", cifar.hashlib.file_digest(f, "md5").hexdigest())
+    (tmp_path / "c.clipgen-99999999.tar").touch()          # of a call that was stopped
     call_stage(*args, cwd=tmp_path)
+    assert not list(tmp_path.glob("*clipgen*"))
     found = photo_judge.read_photos(str(tmp_path / "c"), 30)
     images = np.concatenate([found.train, found.heldout])
     labels = np.concatenate([found.train_labels, found.heldout_labels])
@@ -300,6 +410,8 @@ def test_archive_becomes_tar_classes_and_captions(tmp_path, monkeypatch, capsys)
     ("lab.cifar", "python -m lab.cifar --archive=FILE"),
     ("lab.photo_judge", "python -m lab.cifar --archive=FILE"),
     ("lab.small_clip --blocks=1,1", "--blocks=1,1"), ("lab.small_clip --blocks=1,1,0,1", "four"),
+    ("lab.small_clip --text_width=1088", "from 1 to 1024"),
+    ("toy.py --text_width=1088", "from 1 to 1024"),
     ("lab.photos", "python -m lab.cifar --archive=FILE"),
     ("lab.photos --n=6 --best_of=4", "does not divide"), ("lab.photos --best_of=0", "--best_of=0"),
     ("lab.photos --guidance=1,much", "--guidance=1,much"),
@@ -322,10 +434,21 @@ def test_captions_are_given_to_the_dump_of_these_photographs_alone(noise, tmp_pa
     assert "has no caption of" in error and not (d / "data/x").exists()
 
 
+def test_a_missing_clip_is_not_named_by_an_option_that_is_not_there(noise, tmp_path):
+    d = link_world(noise[0], tmp_path / "w")
+    (d / "out/noise/clip.pt").unlink()
+    line = call_error("lab.caption_dump", *CAPTIONS, DATA, "--dump=data/noise_tokens",
+                      "--out=data/x", cwd=d)
+    assert "out/noise/clip.pt: put that one back" in line and "=FILE" not in line
+
+
 def test_a_photograph_without_a_class_is_left_out(tmp_path):
     (tmp_path / "x.tar").touch()
     (tmp_path / "x.tsv").write_text("path\tlabel\n0.png\tcat\n1.png\t\n2.png\n")
     assert cifar.read_labels(tmp_path / "x") == {"0.png": "cat"}
+    (tmp_path / "x.tsv").write_text("path\tlabel\n")
+    assert "no class" in call_error("lab.cifar", "--data=x", *CAPTIONS, cwd=tmp_path)
+    assert not (tmp_path / "data").exists()
 
 
 def test_too_few_held_out_photographs_end_in_one_line(tmp_path):

@@ -243,6 +243,14 @@ def test_the_same_command_says_finished_and_another_config_is_refused(world):
     assert snapshot(d / "out") == before
 
 
+def test_a_clip_that_was_removed_is_written_again(world, tmp_path):
+    d = link_world(world[0], tmp_path / "w")
+    (d / "out/toy/clip.pt").unlink()
+    assert "is finished" in call_stage("toy.py", *TOY_OPTIONS, cwd=d).stdout
+    for name in ("clip.pt", "toy.jsonl"):
+        assert (d / "out/toy" / name).read_bytes() == (world[0] / "out/toy" / name).read_bytes()
+
+
 def test_paths_and_inputs_are_compared_by_what_they_are(world, tmp_path):
     """Another spelling of a path is the same path; other files under the old names are
     other inputs; where the dump or CLIP lies may differ, what it holds may not."""
