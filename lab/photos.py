@@ -45,7 +45,7 @@ class Config:
     variety: str = "0.5,1"           # values to try
     temperature: float = 1.0         # as in sample.py
     captioned_guidance: str = "1,2,3,4,6"  # values to try for the captioned control
-    captioned_variety: str = "0"     # values to try: a caption leaves open what a prompt does
+    captioned_variety: str = "0,1"   # values to try for it
     min_diversity: float = 0.8       # of the row that counts, relative to the photographs'
     optimise: int = 10               # prompts to optimise against CLIP
     seed: int = 0                    # of the samples

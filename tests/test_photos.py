@@ -334,7 +334,7 @@ def test_table_of_photographs_end_to_end(noise):
     assert "step" not in said
     written = json.loads((d / "out/table/photos.json").read_text())
     table, report = written["table"], (d / "out/table/photos.md").read_text()
-    assert report in said and len(table) == 12
+    assert report in said and len(table) == 13
     held_out = table["held-out photographs"]
     assert held_out["right"]["share"] == 1 and held_out["diversity"] == pytest.approx(1)
     assert "frechet" not in held_out and table["photographs trained on"]["frechet"] > 0
