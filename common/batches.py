@@ -30,22 +30,24 @@ class ImageBatches(torch.utils.data.Dataset):
         share = cfg.batch_size // self.world
         crops, failed = [], {}
         for j in range(self.rank * share, (self.rank + 1) * share):
-            image = self.read(index[j], (cfg.seed, i, j), failed)
+            _, image = read_any(self.source, self.names, index[j], (cfg.seed, i, j), failed,
+                                cfg.image_size)
             if image is None:
                 return None, failed
             crops.append(random_crop(image, cfg.image_size, crop_params[j], cfg.min_zoom, cfg.flip))
         return torch.from_numpy(np.stack(crops)), failed
 
-    def read(self, index, seed, failed):
-        """Image number `index`, or others at random until one can be read; None if none can."""
-        for attempt in range(1000):
-            name = self.names[index]
-            try:
-                return self.source.open(name, self.cfg.image_size)
-            except (OSError, ValueError) as e:
-                failed[name] = str(e)
-            index = np.random.default_rng((*seed, attempt)).integers(len(self.names))
-        return None
+
+def read_any(source, names, index, seed, failed, size=0):
+    """(index, image): the one asked for, or others at random until one can be read, each that can't
+    noted in `failed`; the image is None if none can. `size`: pixels a side that are wanted."""
+    for attempt in range(1000):
+        try:
+            return index, source.open(names[index], size)
+        except (OSError, ValueError) as e:
+            failed[names[index]] = str(e)
+        index = np.random.default_rng((*seed, attempt)).integers(len(names))
+    return index, None
 
 
 def image_batches(source, names, cfg, runtime, start):

@@ -1,5 +1,6 @@
 """Files: written atomically, hashed, and folders locked against a second run."""
 import contextlib
+import csv
 import errno
 import hashlib
 import json
@@ -121,3 +122,13 @@ def is_torch_zip(path):
     """Whether a file has torch's zip form, which can be memory-mapped (older files have not)."""
     with open(path, "rb") as f:
         return f.read(4) == b"PK\x03\x04"
+
+
+def read_pairs(path, column):
+    """The rows of a .tsv as pairs, its columns `path` and `column`; a quote is a letter there."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
+            return [(row["path"], row[column]) for row in rows]
+    except (OSError, KeyError, UnicodeError, csv.Error) as e:
+        fail(f"{path} can't be read: columns path and {column}, a tab between ({e})")

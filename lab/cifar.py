@@ -4,7 +4,6 @@
 (the archive is at https://www.cs.toronto.edu/~kriz/cifar.html)
 writes data/cifar10-50k.tar and .tsv (path, label). Where these two lie already it only writes
 data/cifar10-captions.tsv. The captions are for lab.small_clip alone."""
-import csv
 import hashlib
 import io
 import tarfile
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.files import atomic_write, remove_stale
+from common.files import atomic_write, read_pairs, remove_stale
 from common.options import fail, parse_options
 from common.process import run_main
 
@@ -64,13 +63,7 @@ def read_labels(data):
         fail(f"there is no {data}.tar with its .tsv; make them from CIFAR-10's binary version, "
              f"https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz: "
              f"python -m lab.cifar --archive=FILE")
-    try:
-        with open(f"{data}.tsv", newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
-            rows = [(r["path"], r["label"]) for r in reader]
-            labels = {path: label for path, label in rows if label}
-    except (OSError, KeyError, UnicodeError, csv.Error) as e:
-        fail(f"{data}.tsv can't be read: columns path and label, a tab between ({e})")
+    labels = {path: label for path, label in read_pairs(f"{data}.tsv", "label") if label}
     if not labels:
         fail(f"{data}.tsv has no class of any photograph: columns path and label, a tab between")
     return labels

@@ -4,7 +4,6 @@
 captions.tsv has a header line and the columns path and caption, divided by a tab, nothing quoted;
 an image may have several lines. Like OpenAI's, this CLIP reads captions; VQGAN and GPT never do.
 Every stage takes the result by --clip=out/small_clip/clip.pt."""
-import csv
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.batches import read_any
 from common.clip_training import make_clip_state, train_clip
-from common.files import file_sha256, save_tensors
+from common.files import file_sha256, read_pairs, save_tensors
 from common.images import crop, random_crop, to_tensor
 from common.openai_clip import Clip
 from common.options import check_range, fail, parse_options
@@ -55,14 +55,8 @@ class Config:
 def read_captions(path, names):
     """captions.tsv -> (distinct captions, {name: indices of its captions}) of the images `names`.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
-            rows = [(r["path"], r["caption"]) for r in reader]
-    except (OSError, KeyError, UnicodeError, csv.Error) as e:
-        fail(f"{path} can't be read as captions: columns path and caption, a tab between ({e})")
     wanted = set(names)
-    rows = [(name, " ".join(caption.split())) for name, caption in rows
+    rows = [(name, " ".join(caption.split())) for name, caption in read_pairs(path, "caption")
             if name in wanted and caption and caption.strip()]
     if not rows:
         fail(f"no image of --data has a caption in {path}; its paths are like {names[0]}")
@@ -73,22 +67,14 @@ def read_captions(path, names):
     return texts, captions
 
 
-def read_image(source, name, bad):
-    """An image; None, and a note of it in `bad`, if it can't be read."""
-    try:
-        return source.open(name)
-    except (OSError, ValueError) as e:
-        bad.add({name: str(e)}, stop=len({*bad.reasons, name}) == bad.total)
-
-
 def make_batch(source, names, captions, cfg, bad, step):
     """Random crops, uint8 (B, S, S, 3), each with the number (B,) of one of its image's captions: a
     function of (seed, step). An image that can't be read is replaced by another."""
     rng = np.random.default_rng((cfg.seed, 1, step))
-    images, index = [], []
-    for i in rng.integers(len(names), size=cfg.batch_size):
-        while (image := read_image(source, names[i], bad)) is None:
-            i = rng.integers(len(names))
+    images, index, failed = [], [], {}
+    for j, i in enumerate(rng.integers(len(names), size=cfg.batch_size)):
+        i, image = read_any(source, names, i, (cfg.seed, 1, step, j), failed)
+        bad.add(failed, stop=image is None)
         images.append(random_crop(image, cfg.image_size, rng.random(4), cfg.min_zoom, flip=True))
         index.append(rng.choice(captions[names[i]]))
     return np.stack(images), np.array(index)
